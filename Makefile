@@ -1,0 +1,31 @@
+# The two commands are `make search` and `make test`; both set up what they need, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: search test lint types report
+
+search: $(READY)
+	$(BIN)/python tune/search.py $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+report: $(READY)
+	$(BIN)/python analysis/report.py $(ARGS)
+
+# The package is installed in place, so that `python tune/search.py` finds it and code changes need no new set-up.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
