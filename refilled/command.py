@@ -1,0 +1,46 @@
+"""What every command line here does alike: user errors are one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+import cyclopts
+
+from refilled.errors import UserError
+
+USER_ERROR_EXIT_CODE = 2
+
+
+def new_app(name: str, help_text: str) -> cyclopts.App:
+    """An empty command that leaves printing errors and exiting to `run_app`."""
+    return cyclopts.App(
+        name=name,
+        help=help_text,
+        version_flags=[],
+        print_error=False,
+        exit_on_error=False,
+        result_action="return_value",
+    )
+
+
+def run_app(app: cyclopts.App, arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: its own, 0 where it returns none, or 2 after a user error."""
+
+    def action() -> int:
+        code = app(list(sys.argv[1:] if arguments is None else arguments))
+        return code if isinstance(code, int) else 0
+
+    return exit_code(app.name[0], action)
+
+
+def exit_code(name: str, action: Callable[[], int]) -> int:
+    """What the action returns, or 2 after a user error, whose sentence goes to stderr behind the command's name.
+
+    Anything but a user error is a defect of the program and keeps its traceback.
+    """
+    try:
+        return action()
+    except (UserError, cyclopts.CycloptsError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE

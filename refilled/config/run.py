@@ -1,0 +1,90 @@
+"""One run: which data and classes, which networks, which method, for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from refilled.config.base import Config, require
+from refilled.config.parts import ClassifierConfig, EmbeddingConfig, OptimizerConfig, TeacherConfig, ViewConfig
+
+Method = Literal["student", "kd", "refilled_emb", "refilled_lkd", "refilled_minus", "refilled"]
+METHODS: tuple[str, ...] = get_args(Method)
+METHODS_WITH_EMBEDDING_STAGE = ("refilled_emb", "refilled_minus", "refilled")
+METHODS_WITHOUT_TEACHER = ("student",)
+Precision = Literal["float32", "float64", "bfloat16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """Everything that determines one training, and with the data and the code its every number."""
+
+    data: str = "digits"
+    """Where images come from: digits, cifar100, parquet:PATH or imagefolder:PATH."""
+    image_size: int | None = None
+    """Resize every image to this many pixels a side; none: images are of one size already."""
+    class_order: str = "alphabetical"
+    """Order in which the windows slide over the classes: alphabetical, cifar_fs, or a file with one class a line."""
+    num_teacher_classes: int | None = None
+    """Classes of the teacher, the first of the order; none: half of all."""
+    num_student_classes: int | None = None
+    """Classes of the student; none: half of all."""
+    overlap: float = 1.0
+    """Share of the student's classes that are the teacher's too (section 5.1.1, Figure 4)."""
+    val_fraction: float = 0.1
+    """Share of the training images held out for validation, in every class; 0: train on all, validate on none."""
+    split_seed: int = 0
+    """Seed of the validation split."""
+
+    teacher: str = "convnet-32"
+    """Architecture of the teacher: wrn-DEPTH-WIDTH or convnet-WIDTH."""
+    student: str = "convnet-8"
+    """Architecture of the student: wrn-DEPTH-WIDTH or convnet-WIDTH."""
+    method: Method = "refilled"
+    """student (Eq. 1), kd (Eq. 2), refilled_emb (Eq. 5), refilled_lkd (Eq. 8), refilled_minus (Eq. 5, 8), refilled (Eq. 5, 10)."""
+    epochs: tuple[int, int] = (40, 40)
+    """Epochs of stage embedding (Eq. 5) and of stage classifier (Eq. 1, 2, 8 or 10)."""
+    teacher_epochs: int = 40
+    """Epochs of the teacher's pre-training (Eq. 1)."""
+    global_batch_size: int = 256
+    """Images a step, over all workers together."""
+    seed: int = 0
+    """Seed of the student's initial weights, order and views."""
+    precision: Precision = "float32"
+    """float32, float64, or bfloat16 (autocast, channels-last)."""
+    ncm_images_per_class: int = 50
+    """Training images a class that estimate the class means for validation during stage embedding."""
+
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    pretraining: TeacherConfig = field(default_factory=TeacherConfig)
+
+    def __post_init__(self) -> None:
+        """Check every field, and that the method can run with them."""
+        require(self.image_size is None or self.image_size >= 4, "image_size", "at least 4 or none", self.image_size)
+        for name in ("num_teacher_classes", "num_student_classes"):
+            value = getattr(self, name)
+            require(value is None or value >= 2, name, "at least 2 or none", value)
+        require(0 <= self.overlap <= 1, "overlap", "in [0, 1]", self.overlap)
+        require(0 <= self.val_fraction < 1, "val_fraction", "in [0, 1)", self.val_fraction)
+        require(self.split_seed >= 0, "split_seed", "at least 0", self.split_seed)
+        require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
+        require(len(self.epochs) == 2 and min(self.epochs) >= 0, "epochs", "two numbers of at least 0", self.epochs)
+        require(self.epochs[1] >= 1, "epochs", "at least 1 for stage classifier", self.epochs)
+        if self.method in METHODS_WITH_EMBEDDING_STAGE:
+            require(self.epochs[0] >= 1, "epochs", f"at least 1 for stage embedding of {self.method}", self.epochs)
+        if self.method == "kd":
+            require(
+                self.overlap == 1,
+                "overlap",
+                "1 for method kd, which needs a teacher with the student's classes (Eq. 2)",
+                self.overlap,
+            )
+        require(self.teacher_epochs >= 1, "teacher_epochs", "at least 1", self.teacher_epochs)
+        require(self.global_batch_size >= 2, "global_batch_size", "at least 2", self.global_batch_size)
+        require(self.seed >= 0, "seed", "at least 0", self.seed)
+        require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
+        require(self.ncm_images_per_class >= 1, "ncm_images_per_class", "at least 1", self.ncm_images_per_class)

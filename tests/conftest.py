@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from refilled.compute import Compute
+from refilled.config import RunConfig
+from refilled.presets import smoke
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage folder whose cache and teachers all tests of the session share."""
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture
+def compute() -> Compute:
+    return Compute(device=torch.device("cpu"), precision="float32")
+
+
+@pytest.fixture
+def digits_run() -> RunConfig:
+    """A few seconds of two-stage training on real images."""
+    return dataclasses.replace(smoke().run, overlap=0.4, epochs=(4, 8), teacher_epochs=8)
