@@ -1,0 +1,255 @@
+"""One step on several workers that computes what one worker would compute on the whole batch.
+
+The contract has three parts. `gather_rows` gives every worker the rows of all, and every worker computes the same loss
+of the whole batch from them. The backward pass gives every worker the gradient of that one loss with respect to its
+own rows. `sum_gradients` adds the workers' parameter gradients, which is then exactly the gradient of the loss; so a
+parameter used after a gather, where every worker holds the same, would be counted once for each worker.
+`GlobalBatchNorm2d` keeps this true for models that look at the batch. Without a process group all are the identity.
+
+Workers may hold different numbers of rows, and none at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def world_size() -> int:
+    """Number of workers; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This worker's number, from 0; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def sum_over_workers(tensor: Tensor) -> Tensor:
+    """Add the workers' tensors of one shape, in place and without gradient; returns the tensor."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+    """The rows of all workers, in the order of their ranks.
+
+    Args:
+        rows: [B_rank, ...]; the number of rows may differ between workers, the rest of the shape may not.
+        counts: B_rank of every worker where they are known; else one more collective asks for them, and on a GPU the
+            host waits for the answer.
+
+    Returns:
+        [sum of B_rank, ...]. Its gradient on this worker is cut to this worker's rows and not summed over workers:
+        each is expected to compute the same loss from it. Tensors of integers are gathered without gradient.
+
+    Raises:
+        ValueError: `counts` does not fit the workers or this worker's rows.
+    """
+    if counts is not None and (len(counts) != world_size() or counts[rank()] != rows.shape[0]):
+        raise ValueError(
+            f"counts {list(counts)} do not fit {world_size()} workers, the one of rank {rank()} with "
+            f"{rows.shape[0]} rows"
+        )
+    if world_size() == 1:
+        return rows
+    if counts is None:
+        counts = _all_gather(torch.tensor([rows.shape[0]], device=rows.device)).flatten().tolist()
+    gathered: Tensor = _GatherRows.apply(rows, list(counts))
+    return gathered
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every parameter's gradient by its sum over workers; one collective for each dtype and device.
+
+    A gradient that is None on some workers counts as zero there; one that is None on all stays None, so that an
+    optimiser skips the parameter as it would on one worker.
+
+    Args:
+        parameters: The same parameters in the same order on every worker; those without `requires_grad` are skipped.
+    """
+    if world_size() == 1:
+        return
+    groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    for group in groups.values():
+        _sum_gradients_of_group(group)
+
+
+def _sum_gradients_of_group(group: list[nn.Parameter]) -> None:
+    with torch.no_grad():
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
+        has_grad = grads[0].new_tensor([float(p.grad is not None) for p in group])
+        flat = torch.cat([grad.reshape(-1) for grad in grads] + [has_grad])
+        dist.all_reduce(flat)
+        *sums, num_with_grad = torch.split(flat, [grad.numel() for grad in grads] + [len(group)])
+        missing = [index for index, p in enumerate(group) if p.grad is None]
+        # Reading the counts makes the host wait for the device: only where a gradient is missing.
+        unused = {i for i, n in zip(missing, num_with_grad[missing].tolist(), strict=True) if n == 0} if missing else ()
+        for index, (parameter, grad, total) in enumerate(zip(group, grads, sums, strict=True)):
+            if index not in unused:
+                parameter.grad = grad.copy_(total.view(grad.shape))
+
+
+def _all_gather(tensor: Tensor) -> Tensor:
+    """Tensors of one shape from all workers, stacked: [world size, ...]."""
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
+        start = sum(counts[: rank()])
+        ctx.own = slice(start, start + rows.shape[0])
+        longest = max(counts)
+        if rows.shape[0] < longest:  # not every backend gathers different shapes: pad to the longest share
+            rows = torch.cat([rows, rows.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
+        shares = _all_gather(rows)
+        return torch.cat([share[:count] for share, count in zip(shares, counts, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[ctx.own], None
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation over the rows of all workers in training; at world size 1 exactly `nn.BatchNorm2d`.
+
+    One collective in the forward pass and one in the backward pass. The gradients of weight and bias are this
+    worker's part, to be added by `sum_gradients`. Unlike `nn.SyncBatchNorm` it works on a CPU and with workers that
+    have no rows; unlike `nn.BatchNorm2d` it does not refuse a batch of a single value for a channel.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise [B_rank, C, H, W]; B_rank may be 0 where another worker has rows."""
+        uses_batch = self.training or self.running_mean is None
+        if world_size() == 1 or not uses_batch:
+            return super().forward(inputs)
+        self._check_input_dim(inputs)
+        mean, variance, count = _global_moments(inputs.detach())
+        if self.training and self.track_running_stats:
+            self._update_running_statistics(mean, variance * (count / (count - 1).clamp(min=1)))
+        normalised: Tensor = _Normalise.apply(inputs, self.weight, self.bias, mean, variance, count, self.eps)
+        return normalised
+
+    @torch.no_grad()
+    def _update_running_statistics(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        step: float | Tensor = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
+        self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), step)
+
+
+def convert_batch_norm(model: nn.Module) -> nn.Module:
+    """Replace every `nn.BatchNorm2d` by a `GlobalBatchNorm2d` that shares its parameters and buffers.
+
+    Args:
+        model: Changed in place; names, state-dict keys and the parameters an optimiser holds stay the same.
+
+    Returns:
+        `model`, or its replacement where it is itself an `nn.BatchNorm2d`.
+    """
+    if type(model) is nn.BatchNorm2d:
+        converted = GlobalBatchNorm2d(
+            model.num_features, model.eps, model.momentum, model.affine, model.track_running_stats
+        )
+        converted.weight, converted.bias = model.weight, model.bias
+        converted.running_mean, converted.running_var = model.running_mean, model.running_var
+        converted.num_batches_tracked = model.num_batches_tracked
+        return converted.train(model.training)
+    for name, child in model.named_children():
+        setattr(model, name, convert_batch_norm(child))
+    return model
+
+
+def _global_moments(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [C], biased variance [C] and number of values of a channel [1] over all workers, float32 at least.
+
+    Each worker takes its own two-pass moments, and they are combined by the rule of Chan, Golub and LeVeque (1979):
+    sums of squares are only ever taken about a mean, so a mean far from zero costs no digits.
+    """
+    wide = torch.promote_types(inputs.dtype, torch.float32)
+    num_channels = inputs.shape[1]
+    num_values = inputs.numel() // num_channels
+    own = torch.zeros(2 * num_channels + 1, dtype=wide, device=inputs.device)
+    if num_values > 0:
+        own_mean = inputs.mean(dim=(0, 2, 3), dtype=wide)
+        own[:num_channels] = own_mean
+        own[num_channels:-1] = (inputs - _per_channel(own_mean)).square_().sum(dim=(0, 2, 3))
+    own[-1] = num_values
+    means, squares, counts = torch.split(_all_gather(own), [num_channels, num_channels, 1], dim=1)
+    count = counts.sum(dim=0)
+    total = count.clamp(min=1)
+    mean = (means * counts).sum(dim=0) / total
+    variance = (squares + counts * (means - mean).square()).sum(dim=0) / total
+    return mean, variance, count
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1)
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, where mean and variance are those of all workers' x.
+
+    With xhat the normalised input, g = weight * dL/dy and bars for means over all workers' values, the gradient is
+    dL/dx = (g - gbar - xhat * bar(g * xhat)) / sqrt(variance + eps).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        count: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight, mean, (variance + eps).rsqrt(), count)
+        # Normalisation with given moments is what torch's evaluation kernel does, in one pass.
+        return F.batch_norm(inputs, mean, variance, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, mean, inverse_std, count = ctx.saved_tensors
+        centred = inputs - _per_channel(mean)
+        own_sums = torch.stack(
+            [grad.sum(dim=(0, 2, 3), dtype=mean.dtype), (grad * centred).sum(dim=(0, 2, 3)) * inverse_std]
+        )
+        grad_bias, grad_weight = own_sums if weight is not None else (None, None)
+        grad_inputs = None
+        if ctx.needs_input_grad[0]:
+            grad_mean, grad_product_mean = sum_over_workers(own_sums.clone()) / count.clamp(min=1)
+            scale = inverse_std if weight is None else inverse_std * weight
+            flat = grad - _per_channel(grad_mean)
+            grad_inputs = flat.addcmul_(centred, _per_channel(inverse_std * grad_product_mean), value=-1)
+            grad_inputs = grad_inputs.mul_(_per_channel(scale)).to(inputs.dtype)
+        return grad_inputs, grad_weight, grad_bias, None, None, None, None
+
+
+def agree(flag: bool) -> bool:
+    """Rank 0's answer, known to all workers; also a point where they wait for each other."""
+    if world_size() == 1:
+        return flag
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    answer = torch.tensor(int(flag), device=device)
+    dist.broadcast(answer, src=0)
+    return bool(answer.item())

@@ -1,0 +1,80 @@
+"""What every model returns, what every model is, and how a family of models is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Output(NamedTuple):
+    """One forward pass over B images."""
+
+    embedding: Tensor
+    """[B, d], the penultimate features phi(x), not normalised; float32 or better, also under autocast."""
+    logits: Tensor
+    """[B, C], the head applied to `embedding`; float32 or better, also under autocast."""
+    features: tuple[Tensor, ...]
+    """Feature maps at the group borders, the first first; may be empty."""
+
+
+class Model(nn.Module):
+    """An embedding phi followed by a linear top-layer classifier W, called `head`."""
+
+    head: nn.Linear
+
+    def __init__(self, embedding_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.embedding_dim = embedding_dim
+        self.num_classes = num_classes
+
+    def forward(self, images: Tensor, dropout_keys: Tensor | None = None) -> Output:
+        """Embed and classify images.
+
+        Args:
+            images: Float [B, channels, height, width], already normalised; B may be 0.
+            dropout_keys: int64 [B], a number for each image mixed from seed, epoch and image. Needed in training
+                where the dropout rate is above 0, else unused.
+
+        Returns:
+            Output of these images.
+        """
+        raise NotImplementedError
+
+    def pool_and_classify(self, activations: Tensor, features: tuple[Tensor, ...]) -> Output:
+        """Average the last activations [B, d, h, w] over space and apply the head.
+
+        Both run in float32 at least: they cost next to nothing, and under bfloat16 autocast the distances between
+        embeddings and the small differences of logits, which the losses live on, would be rounded to three digits.
+        """
+        wide = torch.promote_types(activations.dtype, torch.float32)
+        embedding = activations.mean(dim=(2, 3), dtype=wide)
+        with torch.autocast(embedding.device.type, enabled=False):
+            logits = self.head(embedding.to(self.head.weight.dtype))
+        return Output(embedding, logits.to(wide), features)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models: how its names look and how a name becomes a model."""
+
+    form: str
+    """The form of its names with an example, as it is shown to a person."""
+    pattern: re.Pattern[str]
+    """Matches its names; every group is an integer handed to `is_valid` and `build`."""
+    is_valid: Callable[..., bool]
+    """Whether the integers of a name make a model."""
+    build: Callable[..., Model]
+    """The integers of a name, then by keyword `num_classes`, `in_channels`, `dropout`."""
+    min_image_size: int
+    """Height and width below which nothing is left to pool."""
+
+    def parse(self, name: str) -> tuple[int, ...] | None:
+        """The integers in `name`, or None where it is not a name of this family."""
+        match = self.pattern.fullmatch(name)
+        sizes = tuple(int(group) for group in match.groups()) if match else None
+        return sizes if sizes is not None and self.is_valid(*sizes) else None
