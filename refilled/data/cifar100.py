@@ -1,0 +1,42 @@
+"""Source `cifar100`: downloaded once into the cache folder by torchvision, under torchvision's checksums."""
+
+from __future__ import annotations
+
+import http.client
+import tarfile
+from pathlib import Path
+
+import torch
+
+from refilled.data.cache import locked_folder
+from refilled.data.decode import one_line, resize_images
+from refilled.data.images import ImageSet, PartName, SourcePart, make_image_set
+from refilled.errors import UserError
+
+# The MD5 by which torchvision accepts the archive. It stands here too so that decoded images are found in the cache
+# without importing torchvision.
+ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
+
+
+def find_part(name: PartName, cache: Path) -> SourcePart:
+    """The training or test part; downloads only where the decoded images are not in the cache."""
+    return SourcePart(
+        name=name, fingerprint=f"cifar-100-python {ARCHIVE_MD5}", read=lambda size: _read(name, cache, size)
+    )
+
+
+def _read(name: PartName, cache: Path, image_size: int | None) -> ImageSet:
+    import numpy as np
+    from torchvision.datasets import CIFAR100
+
+    try:
+        with locked_folder(cache / "downloads", "cifar100") as folder:  # the other part may be downloading too
+            upstream = CIFAR100(str(folder), train=name == "train", download=True)
+    except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
+        raise UserError(
+            f"Source cifar100 could not be downloaded ({one_line(error)}); "
+            "without internet access name a copy on disk, such as parquet:PATH or imagefolder:PATH."
+        ) from error
+    pixels = np.ascontiguousarray(upstream.data.transpose(0, 3, 1, 2))  # torchvision holds [N, H, W, C]
+    labels = torch.tensor(upstream.targets, dtype=torch.int64)
+    return make_image_set(torch.from_numpy(resize_images(pixels, image_size)), labels, upstream.classes)

@@ -1,0 +1,110 @@
+"""Labelled images as every later part sees them, and what a source promises before anything is decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from refilled.errors import UserError
+
+PartName = Literal["train", "test"]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images of one part of a data set; equal digests mean equal sets. Made by `make_image_set`.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N], positions in `class_names`.
+        class_names: name of every class; a class may have no image here.
+        digest: SHA-256, in hex, over shape, pixels, labels and class names.
+    """
+
+    images: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    class_names: tuple[str, ...]
+    digest: str
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class SourcePart:
+    """The training or the test part of a source, found and checked but not decoded.
+
+    Attributes:
+        name: which part it is.
+        fingerprint: identifies everything the decoded part depends on except the image size.
+        read: decodes the part at an image size (none: as stored).
+    """
+
+    name: PartName
+    fingerprint: str
+    read: Callable[[int | None], ImageSet]
+
+
+def make_image_set(images: Tensor, labels: Tensor, class_names: Sequence[str]) -> ImageSet:
+    """Check images, labels and class names against each other and compute their digest.
+
+    Args:
+        images: uint8 [N, C, H, W], N at least 1.
+        labels: int64 [N], each in [0, len(class_names)).
+        class_names: different, non-empty names.
+
+    Raises:
+        UserError: naming the part that does not fit.
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise UserError(f"images must be uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}.")
+    if min(images.shape) < 1:
+        raise UserError(f"images must hold at least one image and one pixel, got shape {list(images.shape)}.")
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"labels must be int64 [{len(images)}] like the images, got {labels.dtype} {list(labels.shape)}."
+        )
+    names = check_class_names(class_names, "class_names")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= len(names):
+        raise UserError(f"labels must be in 0..{len(names) - 1}, one for each class name, got {low}..{high}.")
+    return ImageSet(images=images, labels=labels, class_names=names, digest=_digest(images, labels, names))
+
+
+def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]:
+    """The names as a tuple, if they are different, non-empty strings.
+
+    Args:
+        class_names: names to check.
+        where: the file or field they come from, for the message.
+
+    Raises:
+        UserError: naming `where` and the odd name.
+    """
+    names = tuple(class_names)
+    if not names:
+        raise UserError(f"{where} must name at least one class.")
+    seen: set[str] = set()
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"{where} must hold non-empty strings as class names, got {name!r}.")
+        if name in seen:
+            raise UserError(f"{where} must name every class once, got {name!r} twice.")
+        seen.add(name)
+    return names
+
+
+def _digest(images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> str:
+    # The header has no free-length part that pixels could imitate: JSON ends where its brackets close.
+    header = json.dumps({"shape": list(images.shape), "class_names": class_names})
+    sha = hashlib.sha256(header.encode())
+    sha.update(images.cpu().contiguous().numpy().data)
+    sha.update(labels.cpu().numpy().astype("<i8").data)
+    return sha.hexdigest()

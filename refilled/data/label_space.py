@@ -1,0 +1,164 @@
+"""Who learns which classes, and which images are held out.
+
+The paper's sliding window (section 5.1.1, Figure 4): over an ordered list of all classes the teacher has the first
+ones, and the student's window starts where it shares the wanted part of its classes with the teacher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from refilled.data.images import ImageSet, make_image_set
+from refilled.errors import UserError
+from refilled.keyed import derive_seed, keyed_permutation
+
+NAMED_ORDERS = ("alphabetical", "cifar_fs")
+
+
+@dataclass(frozen=True)
+class LabelSpaces:
+    """The class lists of a cell; a label is the position in its list."""
+
+    teacher: tuple[str, ...]
+    student: tuple[str, ...]
+
+    @property
+    def num_shared(self) -> int:
+        """Number of classes that teacher and student have in common."""
+        return len(set(self.teacher) & set(self.student))
+
+
+def order_classes(order: str, class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """All classes of a data set in the order over which the windows slide.
+
+    Args:
+        order: `alphabetical`; `cifar_fs`, the order of the authors' code: the 64 training, 16 validation and 20 test
+            classes of CIFAR-FS (Bertinetto et al., ICLR 2019), alphabetical within each part; or the path of a text
+            file with one class name a line.
+        class_names: the data set's classes.
+
+    Raises:
+        UserError: for a file that cannot be read, or that does not name every class exactly once.
+    """
+    if order == "alphabetical":
+        return tuple(sorted(class_names))
+    if order == "cifar_fs":
+        text = resources.files("refilled.data").joinpath("class_orders/cifar_fs.txt").read_text(encoding="utf-8")
+    else:
+        try:
+            text = Path(order).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"class_order must be {', '.join(NAMED_ORDERS)} or a readable text file with one class a line, "
+                f"got {order!r} ({error})."
+            ) from error
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"class_order {order!r} must name every class once, but names {twice!r} twice.")
+    if set(names) != set(class_names):
+        odd = sorted(set(names) ^ set(class_names))[0]
+        where = "which the data does not have" if odd in names else "which the order leaves out"
+        raise UserError(f"class_order {order!r} must name the data's {len(class_names)} classes; see {odd!r}, {where}.")
+    return names
+
+
+def label_spaces(
+    ordered: tuple[str, ...], *, overlap: float, num_teacher: int | None = None, num_student: int | None = None
+) -> LabelSpaces:
+    """The teacher's and the student's window over the ordered classes.
+
+    Args:
+        ordered: all classes, in the order over which the windows slide.
+        overlap: share of the student's classes that are also the teacher's, in [0, 1].
+        num_teacher: size of the teacher's window, which starts at the first class; none: half of all classes.
+        num_student: size of the student's window; none: half of all classes.
+
+    Raises:
+        UserError: for an overlap that the class counts cannot express, naming those that they can.
+    """
+    num_teacher = len(ordered) // 2 if num_teacher is None else num_teacher
+    num_student = len(ordered) // 2 if num_student is None else num_student
+    if num_teacher > len(ordered):
+        raise UserError(f"num_teacher_classes must be at most {len(ordered)}, got {num_teacher}.")
+    if min(num_teacher, num_student) < 2:
+        raise UserError(f"The data must have at least 2 classes for the teacher and 2 for the student, got {ordered}.")
+    num_shared = round(overlap * num_student)
+    start = num_teacher - num_shared
+    exact = abs(overlap * num_student - num_shared) < 1e-6
+    if not exact or start < 0 or start + num_student > len(ordered):
+        least = max(0, num_teacher + num_student - len(ordered))
+        most = min(num_teacher, num_student)
+        raise UserError(
+            f"overlap must be k/{num_student} with k from {least} to {most} for {num_teacher} teacher and "
+            f"{num_student} student classes out of {len(ordered)}, got {overlap}."
+        )
+    return LabelSpaces(teacher=ordered[:num_teacher], student=ordered[start : start + num_student])
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices into a data set's training images, both int64 and ascending."""
+
+    train: Tensor
+    validation: Tensor
+
+
+def hold_out(image_set: ImageSet, *, fraction: float, seed: int) -> Split:
+    """A stratified validation split of all classes, before any window selects from them.
+
+    It is drawn once for all cells, so that a teacher has never seen an image on which a student is validated. A class's
+    share depends on the seed and the class's name alone.
+
+    Args:
+        image_set: all training images.
+        fraction: share of every class that is held out, rounded to whole images, at least 1 where above 0.
+        seed: of the draw.
+
+    Raises:
+        UserError: where a class has too few images to leave one on each side.
+    """
+    held: list[Tensor] = []
+    if fraction > 0:
+        for label, name in enumerate(image_set.class_names):
+            members = (image_set.labels == label).nonzero().flatten()
+            count = max(1, round(fraction * len(members)))
+            if count >= len(members):
+                raise UserError(f"val_fraction must leave images of class {name!r}, which has {len(members)}.")
+            order = keyed_permutation(len(members), derive_seed(seed, "hold_out", name))
+            held.append(members[order[:count]])
+    validation = torch.cat(held).sort().values if held else torch.empty(0, dtype=torch.int64)
+    is_train = torch.ones(len(image_set.labels), dtype=torch.bool)
+    is_train[validation] = False
+    return Split(train=is_train.nonzero().flatten(), validation=validation)
+
+
+def select_classes(image_set: ImageSet, indices: Tensor, classes: tuple[str, ...]) -> ImageSet:
+    """The images among `indices` that belong to `classes`, labelled by their position in that list.
+
+    Raises:
+        UserError: for a class the data set does not have, or one without an image.
+    """
+    position = {name: label for label, name in enumerate(image_set.class_names)}
+    missing = [name for name in classes if name not in position]
+    if missing:
+        raise UserError(f"The data has no class {missing[0]!r}.")
+    new_label = torch.full((len(image_set.class_names),), -1, dtype=torch.int64)
+    new_label[torch.tensor([position[name] for name in classes])] = torch.arange(len(classes))
+    labels = new_label[image_set.labels[indices]]
+    chosen = labels >= 0
+    counts = torch.bincount(labels[chosen], minlength=len(classes))
+    if int(counts.min()) == 0:
+        raise UserError(f"The data must have images of class {classes[int(counts.argmin())]!r}, but has none.")
+    return make_image_set(image_set.images[indices[chosen]], labels[chosen], classes)
+
+
+def classes_digest(classes: tuple[str, ...]) -> str:
+    """16 hex digits that identify an ordered class list."""
+    return hashlib.sha256("\0".join(classes).encode()).hexdigest()[:16]

@@ -1,0 +1,235 @@
+"""Source `parquet:PATH`: Hugging Face image data sets, one file or a folder of `train-*` and `test-*` shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from refilled.data.decode import decode_images, one_line
+from refilled.data.images import ImageSet, PartName, SourcePart, check_class_names, make_image_set
+from refilled.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+_BATCH_ROWS = 1024  # encoded images held in memory at once
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file and its two columns."""
+
+    path: Path
+    image: str
+    label: str
+    labels: Labels
+
+
+def validate(path: Path) -> None:
+    """Raise a UserError unless the path exists and holds a training or test part."""
+    if not _files(path, "train") and not _files(path, "test"):
+        raise UserError(f"parquet:{path} must hold train-*.parquet or test-*.parquet files.")
+
+
+def find_part(path: Path, name: PartName) -> SourcePart:
+    """The training or test part, its columns and labels checked.
+
+    Class names are those of the Hugging Face metadata, else of `classes.json` beside the shards, else the labels
+    themselves. Where they are the labels, the test part asks the training part, if there is one, how many there are;
+    the training part never asks the test part.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    validate(path)
+    files = _files(path, name)
+    if not files:
+        raise UserError(f"parquet:{path} has no {name} part; {name}-*.parquet files would be one.")
+    shards = [_open_shard(file) for file in files]
+    names = _class_names(shards[0])
+    if names is None:
+        reference = [_open_shard(file) for file in _files(path, "train")] if name == "test" else []
+        names = tuple(str(n) for n in range(1 + max(int(shard.labels.max()) for shard in reference or shards)))
+    for shard in shards:
+        _check_labels(shard, names)
+    return SourcePart(
+        name=name, fingerprint=_fingerprint(shards, names), read=lambda image_size: _read(shards, names, image_size)
+    )
+
+
+def _files(path: Path, name: PartName) -> list[Path]:
+    if path.is_file():
+        return [path] if path.name.startswith("test") == (name == "test") else []
+    if not path.is_dir():
+        raise UserError(f"parquet:{path} must be a Parquet file or a folder of them, but there is no such path.")
+    return sorted(file for pattern in (f"{name}.parquet", f"{name}-*.parquet") for file in path.glob(pattern))
+
+
+def _open_shard(path: Path) -> _Shard:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            image, label = _image_column(path, schema), _label_column(path, schema)
+            column = file.read(columns=[label]).column(label)
+            if len(column) == 0:
+                raise UserError(f"{path} has no rows; a shard must hold at least one image.")
+            if column.null_count:
+                row = column.is_null().to_pylist().index(True)
+                raise UserError(f"{path} has no {label} in row {row}; every image needs one.")
+            return _Shard(path, image, label, column.cast(pa.int64()).to_numpy())
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _image_column(path: Path, schema: pa.Schema) -> str:
+    import pyarrow as pa
+
+    def holds_bytes(kind: pa.DataType) -> bool:
+        if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+            return False
+        inner = kind.field("bytes").type
+        return bool(pa.types.is_binary(inner) or pa.types.is_large_binary(inner))
+
+    found = [column.name for column in schema if holds_bytes(column.type)]
+    if len(found) != 1:
+        raise UserError(
+            f"{path} must have one image column struct<bytes, path>, has {len(found)} among {_columns(schema)}."
+        )
+    return str(found[0])
+
+
+def _label_column(path: Path, schema: pa.Schema) -> str:
+    import pyarrow as pa
+
+    integers = [column.name for column in schema if pa.types.is_integer(column.type)]
+    for usual in ("label", "fine_label"):
+        if usual in schema.names:
+            integers = [usual] if usual in integers else []
+            break
+    if len(integers) != 1:
+        raise UserError(
+            f"{path} must have an integer column label or fine_label, or only one integer column, has "
+            f"{_columns(schema)}."
+        )
+    return str(integers[0])
+
+
+def _class_names(shard: _Shard) -> tuple[str, ...] | None:
+    import pyarrow.parquet as pq
+
+    metadata = (pq.read_schema(shard.path).metadata or {}).get(b"huggingface")
+    if metadata is not None:
+        names = _at(_parse_json(metadata, shard.path), "info", "features", shard.label, "names")
+        if isinstance(names, list):
+            return check_class_names(names, str(shard.path))
+    beside = shard.path.parent / "classes.json"
+    if not beside.is_file():
+        return None
+    listed = _listed_names(_parse_json(beside.read_bytes(), beside), shard.label)
+    if listed is None:
+        raise UserError(
+            f"{beside} must be a list of class names, or an object with such a list named "
+            f"{' or '.join(_name_keys(shard.label))}."
+        )
+    return check_class_names(listed, str(beside))
+
+
+def _listed_names(content: object, label: str) -> list[Any] | None:
+    """Names in `["a", ...]`, `{"fine": ["a", ...]}` or `[{"label": 0, "name": "a"}, ...]`, in label order."""
+    if isinstance(content, dict):
+        content = next((content[key] for key in _name_keys(label) if key in content), None)
+    if not isinstance(content, list):
+        return None
+    if content and all(isinstance(item, dict) and {"label", "name"} <= item.keys() for item in content):
+        by_label = {item["label"]: item["name"] for item in content}
+        if set(by_label) != set(range(len(content))):
+            return None
+        return [by_label[index] for index in range(len(content))]
+    return content
+
+
+def _name_keys(label: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((label, label.removesuffix("_label"), "names")))
+
+
+def _check_labels(shard: _Shard, names: tuple[str, ...]) -> None:
+    wrong = np.flatnonzero((shard.labels < 0) | (shard.labels >= len(names)))
+    if len(wrong):
+        row = int(wrong[0])
+        raise UserError(
+            f"{shard.path} has {shard.label} {shard.labels[row]} in row {row}; "
+            f"with {len(names)} classes it must be in 0..{len(names) - 1}."
+        )
+
+
+def _fingerprint(shards: list[_Shard], names: tuple[str, ...]) -> str:
+    sha = hashlib.sha256(json.dumps([names, [(shard.image, shard.label) for shard in shards]]).encode())
+    for shard in shards:
+        try:
+            with shard.path.open("rb") as file:
+                sha.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise _unreadable(shard.path, error) from error
+    return sha.hexdigest()
+
+
+def _read(shards: list[_Shard], names: tuple[str, ...], image_size: int | None) -> ImageSet:
+    labels = np.concatenate([shard.labels for shard in shards])
+    encoded = (item for shard in shards for item in _encoded(shard))
+    images = decode_images(encoded, len(labels), image_size)
+    return make_image_set(torch.from_numpy(images), torch.from_numpy(labels), names)
+
+
+def _encoded(shard: _Shard) -> Iterator[tuple[str, bytes]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(shard.path) as file:
+            for row, content in enumerate(_contents(file, shard.image)):
+                if content is None:
+                    raise UserError(f"{shard.path} holds no image bytes in row {row}; every row needs them.")
+                yield f"{shard.path} row {row}", content
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(shard.path, error) from error
+
+
+def _contents(file: pq.ParquetFile, image: str) -> Iterator[bytes | None]:
+    import pyarrow.compute as pc
+
+    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[image]):
+        yield from pc.struct_field(batch.column(0), "bytes").to_pylist()
+
+
+def _at(content: object, *keys: str) -> object:
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def _parse_json(content: bytes, path: Path) -> object:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{path} must have class names in valid JSON ({one_line(error)}).") from error
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{column.name} ({' '.join(str(column.type).split())})" for column in schema)
+
+
+def _unreadable(path: Path, error: BaseException) -> UserError:
+    return UserError(f"{path} cannot be read as Parquet ({one_line(error)}); it must be a whole Parquet file.")

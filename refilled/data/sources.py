@@ -1,0 +1,75 @@
+"""From a source string to its images: a new source is one file beside this one and a line a table here.
+
+Training and test images are separate from the start. Reading the training part opens no test file (of a zip: no test
+member), so nothing in the test part can change what a search sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from refilled.data import cifar100, digits, imagefolder, parquet
+from refilled.data.cache import load_cached
+from refilled.data.images import ImageSet, PartName, SourcePart
+from refilled.errors import UserError
+
+KINDS = ("digits", "cifar100", "parquet:PATH", "imagefolder:PATH")
+_VALIDATE: dict[str, Callable[[Path], None]] = {"parquet": parquet.validate, "imagefolder": imagefolder.validate}
+_FIND_PART: dict[str, Callable[[Path, PartName], SourcePart]] = {
+    "parquet": parquet.find_part,
+    "imagefolder": imagefolder.find_part,
+}
+
+
+def load_train(source: str, *, cache: Path, image_size: int | None = None) -> ImageSet:
+    """All training images of a source, decoded once per content and image size.
+
+    Args:
+        source: digits, cifar100, parquet:PATH or imagefolder:PATH.
+        cache: folder for decoded images and downloads; made where it does not exist.
+        image_size: side of the images after resizing the shorter side and cropping the centre; none: as stored, which
+            must then be one size.
+
+    Raises:
+        UserError: naming the source, file or folder that is wrong.
+    """
+    return _load(source, "train", cache, image_size)
+
+
+def load_test(source: str, *, cache: Path, image_size: int | None = None) -> ImageSet:
+    """All test images of a source; arguments and errors as in `load_train`."""
+    return _load(source, "test", cache, image_size)
+
+
+def validate_source(source: str) -> None:
+    """Cheap check that a source can be meant: its kind, that its path exists and holds a part. Decodes nothing.
+
+    Raises:
+        UserError: naming the four kinds, the path, or the layout the path would need.
+    """
+    kind, path = _parse(source)
+    if path is not None:
+        _VALIDATE[kind](path)
+
+
+def _load(source: str, name: PartName, cache: Path, image_size: int | None) -> ImageSet:
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size must be at least 1 or none, got {image_size}.")
+    return load_cached(_find(source, name, cache), image_size, cache)
+
+
+def _find(source: str, name: PartName, cache: Path) -> SourcePart:
+    kind, path = _parse(source)
+    if path is not None:
+        return _FIND_PART[kind](path, name)
+    return digits.find_part(name) if kind == "digits" else cifar100.find_part(name, cache)
+
+
+def _parse(source: str) -> tuple[str, Path | None]:
+    kind, colon, path = source.partition(":")
+    if kind in _FIND_PART and path:
+        return kind, Path(path).expanduser()
+    if kind in KINDS and not colon:
+        return kind, None
+    raise UserError(f"data must be one of {', '.join(KINDS)}, got {source!r}.")
