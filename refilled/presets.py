@@ -117,9 +117,7 @@ def released() -> SearchConfig:
         epochs=(200, 200),
         teacher_epochs=200,
         precision="float32",
-        embedding=EmbeddingConfig(
-            temperature=4.0, margin=0.2, tuples="batch_minimum", weight=62.5, schedule=cosine
-        ),
+        embedding=EmbeddingConfig(temperature=4.0, margin=0.2, tuples="batch_minimum", weight=62.5, schedule=cosine),
         classifier=ClassifierConfig(
             distill_weight=1.0, temperature=1.0, posterior="prototype", instance_weight="own_head", schedule=step
         ),

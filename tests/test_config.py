@@ -61,7 +61,7 @@ def test_content_hash_sees_every_leaf() -> None:
         (lambda: RunConfig(method="kd", overlap=0.4), "overlap must be 1 for method kd"),
         (lambda: RunConfig(epochs=(0, 5)), "at least 1 for stage embedding of refilled"),
         (lambda: RunConfig(precision="float16"), "precision must be one of"),  # type: ignore[arg-type]
-        (lambda: EmbeddingConfig(temperature=float("nan")), "embedding.temperature must be above 0"),
+        (lambda: EmbeddingConfig(temperature=float("nan")), "embedding.temperature must be at least 0.003"),
         (lambda: EmbeddingConfig(max_negatives=0), "embedding.max_negatives must be at least 1 or none"),
         (lambda: EmbeddingConfig(tuples="batch_minimum", max_negatives=5), "must be none where embedding.tuples"),
         (lambda: ClassifierConfig(distill_weight=-1.0), "classifier.distill_weight must be at least 0"),

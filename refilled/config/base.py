@@ -1,8 +1,9 @@
 """What every configuration can do.
 
-A configuration is a frozen dataclass, checked when it is made and documented field by field. It becomes a nested dict at Ray's border (`to_dict` / `from_dict`), is varied by dotted
-names (`with_overrides({"embedding.temperature": 2.0})`, the one way both the command line and a sampled trial use),
-and is identified by `content_hash`. The command line shows the attribute docstrings below as its help.
+A configuration is a frozen dataclass, checked when it is made and documented field by field. It becomes a nested dict
+at Ray's border (`to_dict` / `from_dict`), is varied by dotted names (`with_overrides({"embedding.temperature": 2.0})`,
+the one way both the command line and a sampled trial use), and is identified by `content_hash`. The command line shows
+the fields' docstrings as its help.
 """
 
 from __future__ import annotations

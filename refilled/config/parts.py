@@ -8,6 +8,8 @@ from typing import Literal
 
 from refilled.config.base import Config, is_positive, require
 
+MIN_TUPLE_TEMPERATURE = 0.003  # below, exp(2 / temperature), the range of Eq. 4's terms, leaves float64
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(Config):
@@ -58,13 +60,12 @@ class EmbeddingConfig(Config):
 
     def __post_init__(self) -> None:
         """Check every field."""
-        require(is_positive(self.temperature), "embedding.temperature", "above 0", self.temperature)
-        require(
-            self.student_temperature is None or is_positive(self.student_temperature),
-            "embedding.student_temperature",
-            "above 0 or none",
-            self.student_temperature,
-        )
+        least = f"at least {MIN_TUPLE_TEMPERATURE}"
+        is_warm = self.temperature >= MIN_TUPLE_TEMPERATURE and is_positive(self.temperature)
+        require(is_warm, "embedding.temperature", least, self.temperature)
+        student = self.student_temperature
+        is_warm = student is None or (student >= MIN_TUPLE_TEMPERATURE and is_positive(student))
+        require(is_warm, "embedding.student_temperature", f"{least} or none", student)
         require(
             self.max_negatives is None or self.max_negatives >= 1,
             "embedding.max_negatives",

@@ -42,7 +42,7 @@ class RunConfig(Config):
     student: str = "convnet-8"
     """Architecture of the student: wrn-DEPTH-WIDTH or convnet-WIDTH."""
     method: Method = "refilled"
-    """student (Eq. 1), kd (Eq. 2), refilled_emb (Eq. 5), refilled_lkd (Eq. 8), refilled_minus (Eq. 5, 8), refilled (Eq. 5, 10)."""
+    """Eq. 1: student; 2: kd; 5: refilled_emb; 8: refilled_lkd; 5 and 8: refilled_minus; 5 and 10: refilled."""
     epochs: tuple[int, int] = (40, 40)
     """Epochs of stage embedding (Eq. 5) and of stage classifier (Eq. 1, 2, 8 or 10)."""
     teacher_epochs: int = 40

@@ -1,0 +1,86 @@
+"""A run from its configuration to its folder: load, find the teacher, train, and for a refit read the test set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from refilled import distributed
+from refilled.compute import Compute
+from refilled.config import RunConfig
+from refilled.data.task import Task, load_task, load_test_images
+from refilled.evaluation import accuracy
+from refilled.methods import needs_teacher
+from refilled.run_folder import Row, RunFolder, run_key
+from refilled.store import only_here, read_json, write_json
+from refilled.teacher import FrozenTeacher, load_model, pretrain_once
+from refilled.training import FolderCarrier, run
+
+
+def cache_of(storage: Path) -> Path:
+    """Where decoded images are kept."""
+    return storage / "cache"
+
+
+def run_folder(config: RunConfig, storage: Path) -> RunFolder:
+    """The folder of a run, whether or not it exists yet."""
+    task = load_task(config, cache_of(storage))
+    return RunFolder(storage / "runs" / run_key(config, task.spaces, task.data_digest))
+
+
+def execute(config: RunConfig, storage: Path, compute: Compute, on_report: Callable[[Row], None] | None = None) -> Row:
+    """Train, or continue, or find finished, one run on this worker or this group of workers.
+
+    Args:
+        config: of the run.
+        storage: folder shared by all workers.
+        compute: device and precision of this worker.
+        on_report: takes every row as it comes; a finished run passes its last row once.
+
+    Returns:
+        The last row (see `refilled.training.run`).
+    """
+    task = load_task(config, cache_of(storage))
+    folder = RunFolder(storage / "runs" / run_key(config, task.spaces, task.data_digest))
+    carrier = FolderCarrier(folder, on_report)
+    with only_here(folder.path):
+        finished = folder.result()
+        if distributed.agree(finished is not None):
+            row: Row = finished or folder.result() or {}
+            carrier.report(row)
+            return row
+        if distributed.rank() == 0:
+            folder.create(config, task)
+        return run(config, task, _teacher(config, task, storage, compute), carrier, compute)
+
+
+def refit(config: RunConfig, storage: Path, compute: Compute, on_report: Callable[[Row], None] | None = None) -> float:
+    """Train on all training images, then read the test set, once for this configuration and seed (invariant 1).
+
+    This is the only place that reads test images, and it takes only configurations that hold nothing out, which no
+    search runs.
+
+    Returns:
+        Test accuracy of the student at the end of the run.
+    """
+    assert config.val_fraction == 0, "a refit trains on all training images"
+    execute(config, storage, compute, on_report)
+    folder = run_folder(config, storage)
+    path = folder.path / "test.json"
+    with only_here(folder.path):
+        if not distributed.agree(path.exists()):
+            task = load_task(config, cache_of(storage))
+            test = load_test_images(config, cache_of(storage), task.spaces.student)
+            student = load_model(folder.path / "model.pt", compute)
+            value = accuracy(student, test, task.normalization, compute)
+            if distributed.rank() == 0:
+                write_json(path, {"test_accuracy": value, "num_images": len(test.labels), "test_digest": test.digest})
+            distributed.agree(True)  # nobody reads the file before it is there
+    return float(read_json(path)["test_accuracy"])
+
+
+def _teacher(config: RunConfig, task: Task, storage: Path, compute: Compute) -> FrozenTeacher | None:
+    if not needs_teacher(config):
+        return None
+    pretrain_once(config, storage, compute)
+    return FrozenTeacher.load(config, task, storage, compute)

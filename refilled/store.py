@@ -1,0 +1,86 @@
+"""Files that appear whole or not at all, and work that one process does while others wait.
+
+Everything kept on disk is written to a temporary name in the same folder and renamed, so that a kill at any moment
+leaves either the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from refilled import distributed
+from refilled.errors import UserError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file's content atomically, flushed to the disk."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a file by a value's JSON, indented and ending in a newline."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def only_here(path: Path) -> Iterator[None]:
+    """Let one process, or one group of workers, at a time work on `path`; others wait.
+
+    Rank 0 holds the lock for its group. The kernel releases it when that process dies. While waiting the group talks to
+    each other now and then, so that no collective runs into its time-out.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    while not distributed.agree(distributed.rank() != 0 or _acquire(lock)):
+        continue
+    try:
+        yield
+    finally:
+        if distributed.rank() == 0:
+            lock.release()
+
+
+def _acquire(lock: FileLock, timeout_s: float = 30.0) -> bool:
+    try:
+        lock.acquire(timeout=timeout_s)
+    except Timeout:
+        return False
+    return True
+
+
+def require_writable(folder: Path, field_name: str) -> None:
+    """Create a folder if need be and prove that files can be written to it.
+
+    Raises:
+        UserError: naming the field and the folder.
+    """
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{field_name} must be a folder that can be written, got {folder} ({error.strerror})."
+        ) from error

@@ -1,0 +1,164 @@
+"""The teacher: pre-trained once, frozen, asked for embeddings.
+
+A teacher is itself a run: the vanilla student of its own architecture on the teacher's classes, in a folder named by
+content hash, so any trial on any node finds it again, a killed pre-training continues, and two trials that need it at
+once train it once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from refilled import distributed
+from refilled.compute import Compute
+from refilled.config import ClassifierConfig, RunConfig, content_hash
+from refilled.data.task import Task, load_task
+from refilled.errors import UserError
+from refilled.evaluation import class_means
+from refilled.methods import TeacherSignal
+from refilled.models import Model, build_model
+from refilled.run_folder import RunFolder, load_tensors, run_key, save_tensors
+from refilled.store import only_here
+
+
+def pretraining_run(config: RunConfig) -> RunConfig:
+    """The run that makes a configuration's teacher: Eq. 1 on the teacher's window, with the recipe `pretraining`.
+
+    Everything else keeps its default, so that two configurations with the same teacher name the same run.
+    """
+    recipe = config.pretraining
+    return RunConfig(
+        data=config.data,
+        image_size=config.image_size,
+        class_order=config.class_order,
+        num_teacher_classes=config.num_teacher_classes,
+        num_student_classes=config.num_teacher_classes,
+        overlap=1.0,
+        val_fraction=config.val_fraction,
+        split_seed=config.split_seed,
+        teacher=config.teacher,
+        student=config.teacher,
+        method="student",
+        epochs=(0, config.teacher_epochs),
+        global_batch_size=recipe.global_batch_size,
+        seed=recipe.seed,
+        precision=config.precision,
+        classifier=ClassifierConfig(schedule=recipe.schedule),
+        optimizer=recipe.optimizer,
+        views=config.views,
+    )
+
+
+def teacher_folder(config: RunConfig, storage: Path) -> RunFolder:
+    """Where the teacher of a configuration is kept, whether or not it exists yet."""
+    pretraining = pretraining_run(config)
+    task = load_task(pretraining, storage / "cache")
+    return RunFolder(storage / "teachers" / run_key(pretraining, task.spaces, task.data_digest))
+
+
+def pretrain_once(config: RunConfig, storage: Path, compute: Compute) -> RunFolder:
+    """The folder of the finished teacher, trained here unless it exists or others are at it."""
+    from refilled.training import FolderCarrier, run  # a teacher is a run, and a run may need a teacher
+
+    folder = teacher_folder(config, storage)
+    if distributed.agree(folder.result() is not None):
+        return folder
+    with only_here(folder.path):
+        if not distributed.agree(folder.result() is not None):
+            pretraining = pretraining_run(config)
+            task = load_task(pretraining, storage / "cache")
+            if distributed.rank() == 0:
+                folder.create(pretraining, task)
+            run(pretraining, task, None, FolderCarrier(folder), compute)
+    return folder
+
+
+class FrozenTeacher:
+    """A pre-trained network that is only asked, never trained.
+
+    Attributes:
+        prototypes: [C, D] class means of the student's classes over the whole training split, unaugmented (Eq. 6).
+    """
+
+    def __init__(self, model: Model, prototypes: Tensor, compute: Compute) -> None:
+        self._model = model.requires_grad_(False).eval()
+        self._compute = compute
+        self.prototypes = prototypes
+
+    @classmethod
+    def load(cls, config: RunConfig, task: Task, storage: Path, compute: Compute) -> FrozenTeacher:
+        """The finished teacher of a configuration, with its prototypes for the student's classes.
+
+        Args:
+            config: of the student's run.
+            task: the student's images.
+            storage: the search's folder, where the teacher must be already.
+            compute: device and precision.
+        """
+        folder = teacher_folder(config, storage)
+        model = load_model(folder.path / "model.pt", compute)
+        identity = [folder.path.name, task.train.digest, config.precision]
+        path = storage / "prototypes" / f"{content_hash(identity)}.pt"
+
+        if distributed.agree(path.exists()):
+            prototypes = load_tensors(path)["prototypes"].to(compute.device)
+        else:
+            prototypes = class_means(model, task.train, task.normalization, compute)
+            if distributed.rank() == 0:  # several processes may write the same content; each rename is whole
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_tensors(path, {"prototypes": prototypes.cpu()})
+        return cls(model, prototypes, compute)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Embeddings [B, D] of normalised images [B, C, H, W]."""
+        with torch.no_grad():
+            return self._compute.forward(self._model, images).embedding
+
+    def logits(self, embedding: Tensor) -> Tensor:
+        """The teacher's own class scores [B, C'] of its embeddings [B, D]."""
+        with torch.no_grad():
+            scores: Tensor = self._model.head(embedding)
+        return scores
+
+    def signal(self, embedding: Tensor) -> TeacherSignal:
+        """What the losses ask of the teacher for a global batch's embeddings [B, D]."""
+        return TeacherSignal(embedding=embedding, prototypes=self.prototypes, logits=self.logits)
+
+
+def model_state(config: RunConfig, task: Task, model: nn.Module) -> dict[str, object]:
+    """What `model.pt` holds: the weights and what is needed to build and use the model."""
+    return {
+        "architecture": config.student,
+        "classes": list(task.spaces.student),
+        "image_shape": list(task.train.images.shape[1:]),
+        "dropout": config.optimizer.dropout,
+        "mean": task.normalization.mean,
+        "std": task.normalization.std,
+        "weights": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+    }
+
+
+def load_model(path: Path, compute: Compute) -> Model:
+    """Build the model that `model_state` described.
+
+    Raises:
+        UserError: when the file is missing, damaged, or does not hold such a model.
+    """
+    state = load_tensors(path)
+    try:
+        channels, height, _ = state["image_shape"]
+        model = build_model(
+            state["architecture"],
+            num_classes=len(state["classes"]),
+            in_channels=channels,
+            image_size=height,
+            dropout=state["dropout"],
+            seed=0,
+        )
+        model.load_state_dict(state["weights"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} must hold a model that this version wrote, but does not.") from error
+    return compute.place_model(model)

@@ -1,0 +1,259 @@
+"""Step, epoch, stage, run: one loop for students and teachers, on any number of workers.
+
+The loop knows nothing of what carries it. A `Carrier` keeps its state at epoch borders and takes its rows: a folder
+alone, or a folder that also passes the rows on to Ray Tune or Ray Train (in `tune/`).
+
+All that is random is a function of (seed, epoch, image), and all that looks at a batch looks at the global batch, so a
+run's numbers depend on its configuration, data and seed, not on the workers or on interruptions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from refilled import distributed
+from refilled.compute import Compute
+from refilled.config import RunConfig
+from refilled.data.batches import Batch, epoch_batches, num_batches
+from refilled.data.task import Task
+from refilled.data.views import Views
+from refilled.errors import UserError
+from refilled.evaluation import accuracy, class_means, nearest_mean_accuracy
+from refilled.keyed import derive_seed, keyed_uint64
+from refilled.methods import Stage, classifier_loss, embedding_loss, needs_teacher, stages_of
+from refilled.models import Model, build_model, parameters_of_embedding
+from refilled.optim import build_optimizer, learning_rate, set_learning_rate
+from refilled.run_folder import Row, RunFolder
+from refilled.teacher import FrozenTeacher, model_state
+
+
+class Carrier(Protocol):
+    """What a run asks of its surroundings."""
+
+    def load(self) -> dict[str, Any] | None:
+        """The state last saved, if any."""
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Keep the state of an epoch border; called before that epoch's row is reported."""
+
+    def report(self, row: Row) -> None:
+        """Take an epoch's row; may end the run by raising."""
+
+    def finish(self, row: Row, model: dict[str, Any]) -> None:
+        """Keep the finished student."""
+
+
+class FolderCarrier:
+    """Carries a run in its folder; with `on_report` it also passes every row on, to Ray Tune or Ray Train.
+
+    Every worker reads the folder, which they share; only rank 0 writes.
+    """
+
+    def __init__(self, folder: RunFolder, on_report: Callable[[Row], None] | None = None) -> None:
+        self._folder = folder
+        self._on_report = on_report
+
+    def load(self) -> dict[str, Any] | None:
+        """The folder's checkpoint."""
+        return self._folder.load_checkpoint()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the checkpoint."""
+        if distributed.rank() == 0:
+            self._folder.save_checkpoint(state)
+
+    def report(self, row: Row) -> None:
+        """Append to the folder's rows, then pass on."""
+        if distributed.rank() == 0:
+            self._folder.append_row(row)
+        if self._on_report is not None:
+            self._on_report(row)
+
+    def finish(self, row: Row, model: dict[str, Any]) -> None:
+        """Close the folder."""
+        if distributed.rank() == 0:
+            self._folder.finish(row, model)
+        distributed.agree(True)  # nobody goes on before the folder is whole
+
+
+@dataclass
+class _Learner:
+    """What a step works on."""
+
+    config: RunConfig
+    task: Task
+    teacher: FrozenTeacher | None
+    compute: Compute
+    student: Model
+    views: Views
+    images: Tensor  # uint8 [N, C, H, W], the whole training set on the device
+
+
+def run(config: RunConfig, task: Task, teacher: FrozenTeacher | None, carrier: Carrier, compute: Compute) -> Row:
+    """Train a student through all stages of its method, from wherever the carrier's state says.
+
+    Args:
+        config: of the run.
+        task: its images and classes.
+        teacher: frozen; none for methods that need none.
+        carrier: keeps state and takes rows.
+        compute: device and precision.
+
+    Returns:
+        The last row: `epoch` (1-based, over all stages), `stage`, `train_loss`, `learning_rate`, `images_per_second`,
+        `epoch_s`, `finished`, and with validation images `val_accuracy` (in stage embedding that of the nearest class
+        mean), `best_val_accuracy` and `best_epoch` (over the epochs of stage classifier so far).
+
+    Raises:
+        FloatingPointError: when the loss is no longer finite.
+    """
+    _check(config, task, teacher)
+    learner = _make_learner(config, task, teacher, compute)
+    state = carrier.load()
+    row: Row = {}
+    if state is not None:
+        row = state["row"]
+        learner.student.load_state_dict(state["student"])
+        carrier.report(row)  # the row of this state may have been lost with the process that saved it
+    epochs_before = 0
+    for stage in stages_of(config):
+        optimizer = build_optimizer(_parameters(learner.student, stage), config.optimizer)
+        first = max(0, row.get("epoch", 0) - epochs_before)
+        if state is not None and 0 < first < stage.num_epochs:
+            optimizer.load_state_dict(state["optimizer"])
+        for epoch in range(first, stage.num_epochs):
+            row = _epoch(learner, stage, optimizer, epochs_before + epoch, epoch, previous=row)
+            carrier.save(
+                {"row": row, "student": learner.student.state_dict(), "optimizer": optimizer.state_dict()},
+            )
+            carrier.report(row)
+        epochs_before += stage.num_epochs
+    carrier.finish(row, model_state(config, task, learner.student))
+    return row
+
+
+def _check(config: RunConfig, task: Task, teacher: FrozenTeacher | None) -> None:
+    if config.method == "kd" and task.spaces.teacher != task.spaces.student:
+        raise UserError(
+            f"method kd needs a teacher with exactly the student's classes (Eq. 2), got {len(task.spaces.teacher)} "
+            f"teacher and {len(task.spaces.student)} student classes that differ."
+        )
+    assert teacher is not None or not needs_teacher(config), "the caller loads the teacher of a method that needs one"
+
+
+def _make_learner(config: RunConfig, task: Task, teacher: FrozenTeacher | None, compute: Compute) -> _Learner:
+    channels, height, _ = task.train.images.shape[1:]
+    student = build_model(
+        config.student,
+        num_classes=len(task.spaces.student),
+        in_channels=channels,
+        image_size=height,
+        dropout=config.optimizer.dropout,
+        seed=derive_seed(config.seed, "weights"),
+    )
+    if distributed.world_size() > 1:
+        distributed.convert_batch_norm(student)
+    return _Learner(
+        config=config,
+        task=task,
+        teacher=teacher,
+        compute=compute,
+        student=compute.place_model(student),
+        views=Views(config.views),
+        images=task.train.images.to(compute.device),
+    )
+
+
+def _parameters(student: Model, stage: Stage) -> list[nn.Parameter]:
+    """What a stage optimises: the embedding alone in stage `embedding` (Eq. 5), everything in stage `classifier`."""
+    return parameters_of_embedding(student) if stage.name == "embedding" else list(student.parameters())
+
+
+def _epoch(
+    learner: _Learner, stage: Stage, optimizer: torch.optim.Optimizer, epoch: int, epoch_of_stage: int, previous: Row
+) -> Row:
+    """Train one epoch, validate, and say how it went. `epoch` counts over stages, `epoch_of_stage` within; 0-based."""
+    config, started_s = learner.config, time.perf_counter()
+    labels = learner.task.train.labels
+    steps = num_batches(len(labels), config.global_batch_size)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=learner.compute.device)
+    learner.student.train()
+    rate = 0.0
+    for step, batch in enumerate(
+        epoch_batches(
+            labels,
+            global_batch_size=config.global_batch_size,
+            seed=config.seed,
+            epoch=epoch,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+    ):
+        rate = learning_rate(stage.schedule, (epoch_of_stage * steps + step) / (stage.num_epochs * steps))
+        set_learning_rate(optimizer, rate)
+        loss_sum += _step(learner, stage, optimizer, batch, epoch) * len(batch.image_ids)
+    train_loss = float(loss_sum) / len(labels)
+    if not torch.isfinite(loss_sum):
+        raise FloatingPointError(f"The loss is {train_loss} in epoch {epoch + 1} (stage {stage.name}).")
+    train_s = time.perf_counter() - started_s
+    row: Row = {
+        "epoch": epoch + 1,
+        "stage": stage.name,
+        "train_loss": train_loss,
+        "learning_rate": rate,
+        "images_per_second": len(labels) / train_s,
+    }
+    row |= _validate(learner, stage, epoch, previous)
+    row["epoch_s"] = time.perf_counter() - started_s
+    row["finished"] = epoch + 1 == sum(each.num_epochs for each in stages_of(config))
+    return row
+
+
+def _step(learner: _Learner, stage: Stage, optimizer: torch.optim.Optimizer, batch: Batch, epoch: int) -> Tensor:
+    """One update by one global batch; returns its loss, detached."""
+    config, compute = learner.config, learner.compute
+    share = batch.share.to(compute.device, non_blocking=True)
+    view_ids = learner.views.draw(share, seed=config.seed, epoch=epoch)
+    images = compute.place_images(learner.views.render(learner.images[share], view_ids), learner.task.normalization)
+    keys = keyed_uint64(derive_seed(config.seed, "dropout"), epoch, share) if config.optimizer.dropout else None
+    output = compute.forward(learner.student, images, keys)
+    labels = batch.labels.to(compute.device, non_blocking=True)
+    signal = None
+    if learner.teacher is not None and needs_teacher(config, stage.name):
+        signal = learner.teacher.signal(distributed.gather_rows(learner.teacher.embed(images), batch.counts))
+    if stage.name == "embedding":
+        assert signal is not None
+        embedding = distributed.gather_rows(output.embedding, batch.counts)
+        loss = embedding_loss(config.embedding, embedding, signal.embedding, labels)
+    else:
+        logits = distributed.gather_rows(output.logits, batch.counts)
+        classes = batch.classes.to(compute.device, non_blocking=True)
+        loss = classifier_loss(config, logits, labels, classes, signal)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    distributed.sum_gradients(learner.student.parameters())
+    optimizer.step()
+    return loss.detach()
+
+
+def _validate(learner: _Learner, stage: Stage, epoch: int, previous: Row) -> Row:
+    """Validation accuracy after an epoch, and the best of stage `classifier` so far."""
+    validation = learner.task.validation
+    if validation is None:
+        return {}
+    student, normalization, compute = learner.student, learner.task.normalization, learner.compute
+    if stage.name == "embedding":
+        count = learner.config.ncm_images_per_class
+        means = class_means(student, learner.task.train, normalization, compute, images_per_class=count)
+        return {"val_accuracy": nearest_mean_accuracy(student, validation, means, normalization, compute)}
+    value = accuracy(student, validation, normalization, compute)
+    best, best_epoch = previous.get("best_val_accuracy", -1.0), previous.get("best_epoch", 0)
+    if value > best:
+        best, best_epoch = value, epoch + 1
+    return {"val_accuracy": value, "best_val_accuracy": best, "best_epoch": best_epoch}

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from refilled.compute import Compute
+from refilled.config import METHODS, RunConfig
+from refilled.data.task import load_task
+from refilled.execution import cache_of, execute, run_folder
+from refilled.run_folder import run_key
+from refilled.teacher import pretrain_once, teacher_folder
+
+TIMES = ("images_per_second", "epoch_s")
+
+
+def _without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_beats_chance_clearly(method: Any, digits_run: RunConfig, storage: Path, compute: Compute) -> None:
+    run = dataclasses.replace(digits_run, method=method, overlap=1.0 if method == "kd" else 0.4)
+    row = execute(run, storage, compute)
+    assert row["finished"]
+    assert row["best_val_accuracy"] > 0.7  # chance is 0.2
+    assert row["best_val_accuracy"] == max(
+        each["val_accuracy"] for each in run_folder(run, storage).rows() if each["stage"] == "classifier"
+    )
+
+
+def test_rows_say_epoch_stage_and_finish(digits_run: RunConfig, storage: Path, compute: Compute) -> None:
+    seen: list[dict[str, Any]] = []
+    run = dataclasses.replace(digits_run, seed=11)
+    execute(run, storage, compute, seen.append)
+    assert [row["epoch"] for row in seen] == list(range(1, 13))
+    assert [row["stage"] for row in seen] == ["embedding"] * 4 + ["classifier"] * 8
+    assert [row["finished"] for row in seen] == [False] * 11 + [True]
+    assert all("best_val_accuracy" not in row for row in seen[:4])
+    assert run_folder(run, storage).rows() == seen
+    again: list[dict[str, Any]] = []
+    execute(run, storage, compute, again.append)  # found, not trained
+    assert again == seen[-1:]
+
+
+def test_same_configuration_and_seed_give_the_same_numbers_twice(
+    digits_run: RunConfig, tmp_path: Path, compute: Compute
+) -> None:
+    rows = []
+    for name in ("first", "second"):
+        torch.manual_seed(len(name))  # the process's own generator must not matter
+        execute(digits_run, tmp_path / name, compute)
+        rows.append(_without_times(run_folder(digits_run, tmp_path / name).rows()))
+    assert rows[0] == rows[1]
+    other = dataclasses.replace(digits_run, seed=1)
+    execute(other, tmp_path / "first", compute)
+    assert _without_times(run_folder(other, tmp_path / "first").rows()) != rows[0]
+
+
+@pytest.mark.parametrize("stop_after", [2, 4, 9])
+def test_interrupted_run_ends_as_if_it_had_not_been(
+    stop_after: int, digits_run: RunConfig, storage: Path, tmp_path: Path, compute: Compute
+) -> None:
+    class Interruption(BaseException):
+        pass
+
+    def interrupt(row: dict[str, Any]) -> None:
+        if row["epoch"] == stop_after:
+            raise Interruption
+
+    run = dataclasses.replace(digits_run, seed=21, optimizer=dataclasses.replace(digits_run.optimizer, momentum=0.8))
+    execute(run, storage, compute)
+    expected = _without_times(run_folder(run, storage).rows())
+    with pytest.raises(Interruption):
+        execute(run, tmp_path, compute, interrupt)
+    metrics = run_folder(run, tmp_path).metrics_path
+    metrics.write_text(metrics.read_text() + '{"epoch": 3, "sta')  # a row that was being written
+    seen: list[dict[str, Any]] = []
+    execute(run, tmp_path, compute, seen.append)
+    assert _without_times(run_folder(run, tmp_path).rows()) == expected
+    assert seen[0]["epoch"] == stop_after  # said again, in case nobody had heard it
+    weights = [torch.load(run_folder(run, where).path / "model.pt")["weights"] for where in (storage, tmp_path)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_dropout_is_keyed_and_repeats(digits_run: RunConfig, tmp_path: Path, compute: Compute) -> None:
+    run = dataclasses.replace(
+        digits_run,
+        student="wrn-10-1",
+        method="student",
+        epochs=(0, 1),
+        optimizer=dataclasses.replace(digits_run.optimizer, dropout=0.3),
+    )
+    losses = [execute(run, tmp_path / name, compute)["train_loss"] for name in ("a", "b")]
+    without = dataclasses.replace(run, optimizer=digits_run.optimizer)
+    assert losses[0] == losses[1] != execute(without, tmp_path / "a", compute)["train_loss"]
+
+
+def test_loss_that_is_not_finite_ends_the_run(digits_run: RunConfig, storage: Path, compute: Compute) -> None:
+    wild = digits_run.with_overrides({"method": "student", "classifier.schedule.learning_rate": 1e30})
+    with pytest.raises(FloatingPointError, match="epoch"):
+        execute(wild, storage, compute)
+
+
+def test_teacher_is_trained_once_and_found_by_content(digits_run: RunConfig, tmp_path: Path, compute: Compute) -> None:
+    folder = pretrain_once(digits_run, tmp_path, compute)
+    written = (folder.path / "model.pt").stat().st_mtime_ns
+    same = dataclasses.replace(digits_run, student="convnet-16", method="refilled_lkd", seed=5, overlap=0.0)
+    assert pretrain_once(same, tmp_path, compute).path == folder.path
+    assert (folder.path / "model.pt").stat().st_mtime_ns == written
+    for other in (
+        dataclasses.replace(digits_run, teacher_epochs=9),
+        dataclasses.replace(digits_run, teacher="convnet-16"),
+        dataclasses.replace(digits_run, num_teacher_classes=4, num_student_classes=5),
+        dataclasses.replace(digits_run, val_fraction=0.0),
+        digits_run.with_overrides({"pretraining.seed": 1}),
+        digits_run.with_overrides({"pretraining.schedule.learning_rate": 0.05}),
+    ):
+        assert teacher_folder(other, tmp_path).path != folder.path
+    about = json.loads((folder.path / "config.json").read_text())
+    assert about["student_classes"] == ["0", "1", "2", "3", "4"]
+
+
+def test_run_key_forgets_what_the_method_does_not_use(digits_run: RunConfig, storage: Path) -> None:
+    task = load_task(digits_run, cache_of(storage))
+
+    def key(run: RunConfig) -> str:
+        return run_key(run, task.spaces, task.data_digest)
+
+    student = dataclasses.replace(digits_run, method="student")
+    same = student.with_overrides({"teacher": "convnet-64", "embedding.temperature": 9.0, "epochs": (7, 8)})
+    assert key(student) == key(same)
+    assert key(student) != key(student.with_overrides({"classifier.schedule.learning_rate": 0.2}))
+    assert key(digits_run) != key(digits_run.with_overrides({"embedding.temperature": 9.0}))
+    assert key(digits_run) != key(digits_run.with_overrides({"teacher_epochs": 9}))
+    assert key(digits_run) == key(digits_run.with_overrides({"data": "imagefolder:/elsewhere"}))
