@@ -1,0 +1,205 @@
+"""The command itself, as a process, on real images."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"trials": "3", "seeds": "2", "epochs": "3 4", "teacher-epochs": "6", "overlaps": "0 1"}
+
+pytestmark = pytest.mark.ray
+
+
+def run_command(command: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    return subprocess.run(
+        [sys.executable, str(ROOT / command), *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def search(storage: Path, **changes: str) -> list[dict[str, Any]]:
+    flags = SMALL | {name.replace("_", "-"): value for name, value in changes.items()}
+    arguments = [word for name, value in flags.items() for word in (f"--{name}", *value.split())]
+    done = run_command("tune/search.py", *arguments, "--storage", str(storage))
+    assert done.returncode == 0, done.stderr
+    summary: list[dict[str, Any]] = json.loads((storage / "summary.json").read_text())
+    for each in summary:
+        assert f"{100 * each['val_accuracy']:.2f}" in done.stdout
+        assert f"{100 * each['test_accuracy_mean']:.2f}" in done.stdout
+        assert f"{100 * each['baseline_test_accuracy_mean']:.2f}" in done.stdout
+    return summary
+
+
+def trials_of(storage: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """Every study's trials: state, parameters, values by epoch."""
+    url = f"sqlite:///{storage / 'studies.db'}"
+    found = {}
+    for name in optuna.get_all_study_names(url):
+        study = optuna.load_study(study_name=name, storage=url)
+        found[study.user_attrs["cell"]] = sorted(
+            (trial.state.name, json.dumps(trial.params, sort_keys=True), tuple(trial.intermediate_values.items()))
+            for trial in study.trials
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def digits_search(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    storage = tmp_path_factory.mktemp("search")
+    return storage, search(storage)
+
+
+def test_summary_has_every_cell_and_all_it_promises(digits_search: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, summary = digits_search
+    assert [each["overlap"] for each in summary] == [0.0, 1.0]
+    for each in summary:
+        assert (each["teacher"], each["student"], each["method"]) == ("convnet-32", "convnet-8", "refilled")
+        assert len(each["test_accuracy"]) == len(each["baseline_test_accuracy"]) == len(each["run_ids"]) == 2
+        assert each["test_accuracy_mean"] == pytest.approx(sum(each["test_accuracy"]) / 2)
+        # two values: the half width is t(0.975, 1) = 12.706 times half their distance
+        half_distance = abs(each["test_accuracy"][0] - each["test_accuracy"][1]) / 2
+        assert each["test_accuracy_ci95"] == pytest.approx(12.7062 * half_distance, rel=1e-4)
+        assert each["config"]["epochs"] == [3, 4]
+        assert each["baseline_config"]["epochs"] == [0, 7]
+        assert each["config"]["val_fraction"] == 0.0
+        assert len(each["teacher_classes"]) == len(each["student_classes"]) == 5
+        assert each["test_accuracy_mean"] > 0.5  # chance is 0.2
+    assert not set(summary[0]["teacher_classes"]) & set(summary[0]["student_classes"])
+    assert summary[1]["teacher_classes"] == summary[1]["student_classes"]
+
+
+def test_mlflow_agrees_with_the_summary(digits_search: tuple[Path, list[dict[str, Any]]]) -> None:
+    from mlflow.tracking import MlflowClient
+
+    storage, summary = digits_search
+    client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("refilled")
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    parents = [run for run in runs if run.data.tags["kind"] == "search"]
+    assert len(parents) == 1
+    assert parents[0].info.status == "FINISHED"
+    children = [run for run in runs if run is not parents[0]]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
+    trials = [run for run in children if run.data.tags["kind"] == "trial"]
+    refits = [run for run in children if run.data.tags["kind"] == "refit"]
+    assert len(trials) == 2 * 2 * 3  # two cells and two vanilla students, three trials each
+    assert len(refits) == 2 * 3 * 2  # winner, vanilla, vanilla at classifier epochs; two seeds
+    by_id = {run.info.run_id: run for run in children}
+    for each in summary:
+        for run_id, value, seed in zip(each["run_ids"], each["test_accuracy"], each["seeds"], strict=True):
+            refit = by_id[run_id]
+            assert refit.data.metrics["test_accuracy"] == value
+            assert refit.data.tags["seed"] == str(seed)
+            assert float(refit.data.params["classifier.distill_weight"]) == pytest.approx(
+                each["config"]["classifier"]["distill_weight"]
+            )
+            names = {item.path for item in client.list_artifacts(run_id)}
+            assert {"model.pt", "config.json", "classes.json"} <= names
+        winner = by_id[each["trial_run_id"]]
+        assert winner.data.tags["winner"] == "true"
+        assert winner.data.metrics["best/val_accuracy"] == each["val_accuracy"]
+        same_cell = [run for run in trials if run.data.tags["cell"] == winner.data.tags["cell"]]
+        complete = [run.data.metrics["best/val_accuracy"] for run in same_cell if run.info.status == "FINISHED"]
+        assert max(complete) == each["val_accuracy"]
+    assert not any("test_accuracy" in run.data.metrics for run in trials)
+    states = {cell: [state for state, _, _ in found] for cell, found in trials_of(storage).items()}
+    statuses = {"COMPLETE": "FINISHED", "PRUNED": "KILLED"}
+    for cell, found in states.items():
+        seen = sorted(run.info.status for run in trials if run.data.tags["cell"] == cell)
+        assert seen == sorted(statuses[state] for state in found)
+    history = client.get_metric_history(summary[0]["trial_run_id"], "val_accuracy")
+    assert [point.step for point in history] == list(range(1, 8))
+
+
+def test_report_is_made_from_mlflow_alone(digits_search: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    storage, summary = digits_search
+    uri = f"sqlite:///{storage / 'mlflow.db'}"
+    done = run_command("analysis/report.py", "--experiment", "refilled", "--tracking-uri", uri, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "overlap_table.md").read_text()
+    for each in summary:
+        assert f"{100 * each['test_accuracy_mean']:.2f}" in table
+        assert f"{100 * each['baseline_test_accuracy_mean']:.2f}" in table
+    assert (tmp_path / "accuracy_over_overlap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_same_command_again_finds_everything_and_doubles_nothing(
+    digits_search: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    storage, summary = digits_search
+    before = trials_of(storage)
+    assert search(storage) == summary
+    assert trials_of(storage) == before
+    client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("refilled")
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    assert len(runs) == 1 + 12 + 12
+    assert {run.info.status for run in runs} <= {"FINISHED", "KILLED"}
+
+
+def _write_digits(folder: Path, *, shuffle_test_labels: bool) -> None:
+    """The digits as Parquet shards with a Hugging Face image column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    is_test = np.arange(len(digits.target)) % 4 == 0
+    for part, chosen in (("train", ~is_test), ("test", is_test)):
+        labels = digits.target[chosen]
+        if part == "test" and shuffle_test_labels:
+            labels = np.random.default_rng(0).permutation(labels)
+        rows = []
+        for pixels in digits.images[chosen]:
+            buffer = io.BytesIO()
+            Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").save(buffer, format="png")
+            rows.append({"bytes": buffer.getvalue(), "path": None})
+        image_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        table = pa.table({"image": pa.array(rows, image_type), "label": pa.array(labels, pa.int64())})
+        folder.mkdir(exist_ok=True)
+        pq.write_table(table, folder / f"{part}-00000-of-00001.parquet")
+
+
+def test_test_labels_are_out_of_the_searchs_reach(tmp_path: Path) -> None:
+    """Invariant 1: with shuffled test labels the search is the same to the last bit, and only the test differs."""
+    found = {}
+    for name in ("true", "shuffled"):
+        _write_digits(tmp_path / f"{name}-data", shuffle_test_labels=name == "shuffled")
+        source = f"parquet:{tmp_path / f'{name}-data'}"
+        # one trial at a time: with two, the order in which they end is the machine's, and the sampler sees it
+        one_by_one = str(os.cpu_count())
+        summary = search(tmp_path / name, data=source, overlaps="0.4", seeds="1", cpus_per_worker=one_by_one)
+        found[name] = summary[0], trials_of(tmp_path / name)
+    true, shuffled = found["true"], found["shuffled"]
+    assert true[1] == shuffled[1]
+    for key in ("config", "val_accuracy", "trial", "baseline_config", "baseline_val_accuracy", "data_digest"):
+        assert true[0][key] == shuffled[0][key]
+    assert true[0]["test_accuracy"][0] > 0.5
+    assert shuffled[0]["test_accuracy"][0] < 0.4  # chance is 0.2
+
+
+def test_trials_on_two_workers_run_on_a_torch_trainer(tmp_path: Path) -> None:
+    small = {"method": "student", "overlaps": "1", "trials": "2", "seeds": "1"}
+    summary = search(tmp_path, **small, workers_per_trial="2", cpus_per_worker="0.5")
+    assert summary[0]["trials"]["complete"] + summary[0]["trials"]["pruned"] == 2
+    assert summary[0]["trials"]["failed"] == 0
+    assert summary[0]["test_accuracy"][0] > 0.5

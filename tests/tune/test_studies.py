@@ -1,0 +1,405 @@
+import math
+import pickle
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from refilled.config import RunConfig
+from refilled.errors import UserError
+from tune.pruning import HalvingPruner, halving_rungs
+from tune.studies import StudyPlan, StudyScheduler, StudySearcher, open_storage, overrides_of
+
+EPOCHS = 8
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def plan(key="cell", *, num_trials=6, num_epochs=EPOCHS, method="kd"):
+    return StudyPlan(
+        key=key,
+        name=f"study-{key}",
+        run=RunConfig(method=method, epochs=(0, num_epochs)),
+        num_trials=num_trials,
+        num_epochs=num_epochs,
+        attributes={"student_classes": ["a", "b"]},
+    )
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return open_storage(f"sqlite:///{tmp_path}/studies.db")
+
+
+@pytest.fixture
+def memory():
+    """Optuna's own storage in memory, for what no second driver has to see: it saves 0.1 s a trial."""
+    return optuna.storages.InMemoryStorage()
+
+
+def make_row(epoch, value, *, num_epochs=EPOCHS, best=None, **more):
+    return {
+        "epoch": epoch,
+        "stage": "classifier",
+        "val_accuracy": value,
+        "best_val_accuracy": value if best is None else best,
+        "best_epoch": epoch,
+        "finished": epoch == num_epochs,
+    } | more
+
+
+class Trial:
+    """What Tune's scheduler gets of a trial."""
+
+    def __init__(self, trial_id):
+        self.trial_id = trial_id
+
+
+def report(searcher, trial_id, row):
+    """Hand a row on as Tune's controller does: to the scheduler, then, unless that stops the trial, to the searcher."""
+    decision = StudyScheduler(searcher).on_trial_result(None, Trial(trial_id), row)
+    if decision == "CONTINUE":
+        searcher.on_trial_result(trial_id, row)
+    return decision
+
+
+def run_trial(searcher, trial_id, values):
+    """Run one trial that reports these values, as Tune would; returns its number."""
+    suggestion = searcher.suggest(trial_id)
+    for epoch, value in enumerate(values, start=1):
+        last = make_row(epoch, value)
+        if report(searcher, trial_id, last) == "STOP":
+            break
+    searcher.on_trial_complete(trial_id, last)
+    return suggestion["number"]
+
+
+def trials_of(storage, study_plan):
+    return optuna.load_study(study_name=study_plan.name, storage=storage).trials
+
+
+def test_a_whole_run_is_complete_with_its_best_value_and_every_epoch(storage):
+    searcher = StudySearcher([plan()], storage, seed=0)
+    suggestion = searcher.suggest("t")
+    values = [0.1, 0.5, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6]
+    for epoch, value in enumerate(values, start=1):
+        last = make_row(epoch, value, best=max(values[:epoch]), best_epoch=min(epoch, 3), run_key="abc")
+        report(searcher, "t", last)
+        report(searcher, "t", last)  # the row that a resumed run repeats
+    searcher.on_trial_complete("t", last)
+    searcher.on_trial_complete("t", last)
+    searcher.on_trial_complete("t", error=True)
+    (trial,) = trials_of(storage, plan())
+    assert trial.state == TrialState.COMPLETE
+    assert trial.value == 0.7
+    assert trial.intermediate_values == dict(enumerate(values, start=1))
+    assert trial.user_attrs["epoch"] == 3
+    assert trial.user_attrs["run_key"] == "abc"
+    assert overrides_of(trial) == suggestion["overrides"]
+    assert RunConfig.from_dict(suggestion["config"]) == plan().run.with_overrides(overrides_of(trial))
+    assert searcher.best("cell").number == suggestion["number"] == 0
+    study = optuna.load_study(study_name=plan().name, storage=storage)
+    assert study.user_attrs == {"cell": "cell", "student_classes": ["a", "b"]}
+
+
+def test_the_first_trial_is_the_run_itself(storage):
+    step = RunConfig(method="kd").with_overrides({"classifier.schedule.kind": "step"})
+    study_plan = StudyPlan("cell", "study", step, num_trials=2, num_epochs=2)
+    searcher = StudySearcher([study_plan], storage, seed=0)
+    first, second = searcher.suggest("a"), searcher.suggest("b")
+    assert RunConfig.from_dict(first["config"]) == step
+    assert RunConfig.from_dict(second["config"]) != step
+    assert overrides_of(trials_of(storage, study_plan)[0]) == first["overrides"]  # milestones are a tuple again
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_stops_and_fails_the_trial(memory, value):
+    searcher = StudySearcher([plan()], memory, seed=0)
+    searcher.suggest("t")
+    assert report(searcher, "t", make_row(1, 0.5)) == "CONTINUE"
+    bad = make_row(2, value)
+    assert report(searcher, "t", bad) == "STOP"
+    searcher.on_trial_complete("t", bad)
+    (trial,) = trials_of(memory, plan())
+    assert (trial.state, trial.value) == (TrialState.FAIL, None)
+    assert trial.intermediate_values == {1: 0.5}
+    assert "finite" in trial.user_attrs["failure"]
+
+
+def test_a_last_row_with_a_value_that_is_not_finite_fails_the_trial(memory):
+    searcher = StudySearcher([plan()], memory, seed=0)
+    searcher.suggest("t")
+    searcher.on_trial_complete("t", make_row(EPOCHS, 0.5, best=math.nan))
+    assert trials_of(memory, plan())[0].state == TrialState.FAIL
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "reason"),
+    [([], True, "error"), ([], False, "no row"), ([1, 2], True, "error"), ([1, 2], False, "last epoch")],
+)
+def test_an_end_before_the_last_row_fails_the_trial(memory, rows, error, reason):
+    searcher = StudySearcher([plan()], memory, seed=0)
+    searcher.suggest("t")
+    for epoch in rows:
+        report(searcher, "t", make_row(epoch, 0.5))
+    last = make_row(rows[-1], 0.5) if rows else {"done": True, "trial_id": "t"}
+    searcher.on_trial_complete("t", None if error else last, error=error)
+    (trial,) = trials_of(memory, plan())
+    assert trial.state == TrialState.FAIL
+    assert trial.value is None
+    assert list(trial.intermediate_values) == rows
+    assert reason in trial.user_attrs["failure"]
+    assert searcher.remaining("cell") == 6
+
+
+def test_a_stopped_trial_is_pruned_with_the_value_and_epoch_where_it_stopped(memory):
+    searcher = StudySearcher([plan()], memory, seed=0)
+    for index in range(4):
+        run_trial(searcher, f"good{index}", [0.8] * EPOCHS)
+    bad = run_trial(searcher, "bad", [0.3] * EPOCHS)
+    trial = trials_of(memory, plan())[bad]
+    assert (trial.state, trial.value, trial.user_attrs["epoch"]) == (TrialState.PRUNED, 0.3, 1)
+    assert trial.intermediate_values == {1: 0.3}
+    counts = searcher.counts("cell")
+    assert (counts.complete, counts.pruned, counts.failed, counts.running, counts.done) == (4, 1, 0, 0, 5)
+
+
+def test_a_row_at_the_last_epoch_is_never_pruned(memory):
+    class Always(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            return True
+
+    searcher = StudySearcher([plan()], memory, seed=0, make_pruner=lambda _: Always())
+    searcher.suggest("t")
+    assert report(searcher, "t", make_row(EPOCHS, 0.3)) == "CONTINUE"
+    searcher.on_trial_complete("t", make_row(EPOCHS, 0.3))
+    assert trials_of(memory, plan())[0].state == TrialState.COMPLETE
+
+
+def test_a_repeated_row_gets_its_first_answer(memory):
+    searcher = StudySearcher([plan(num_trials=20)], memory, seed=0)
+    searcher.suggest("early")
+    assert report(searcher, "early", make_row(1, 0.3)) == "CONTINUE"
+    for index in range(5):
+        run_trial(searcher, f"good{index}", [0.8] * EPOCHS)
+    # Tune repeats the last row when the function returns; the trial that ended early was not pruned.
+    assert report(searcher, "early", make_row(1, 0.3)) == "CONTINUE"
+    searcher.on_trial_complete("early", make_row(1, 0.3))
+    assert trials_of(memory, plan())[0].state == TrialState.FAIL
+
+
+def test_cells_take_turns_by_their_share_and_the_search_ends(memory):
+    plans = [plan("small", num_trials=2), plan("large", num_trials=4)]
+    searcher = StudySearcher(plans, memory, seed=0)
+    order = []
+    for index in range(6):
+        order.append(searcher.suggest(str(index))["cell"])
+    assert order == ["small", "large", "large", "small", "large", "large"]
+    assert searcher.suggest("none") is None  # a running trial may fail
+    for index in range(5):
+        searcher.on_trial_complete(str(index), make_row(EPOCHS, 0.5))
+    assert searcher.suggest("none") is None
+    searcher.on_trial_complete("5", error=True)
+    again = searcher.suggest("again")
+    assert again["cell"] == "large"
+    searcher.on_trial_complete("again", make_row(EPOCHS, 0.5))
+    assert searcher.suggest("none") == Searcher.FINISHED
+    assert (searcher.counts("large").done, searcher.counts("large").failed) == (4, 1)
+
+
+def test_a_cell_whose_trials_keep_failing_gives_up(memory):
+    searcher = StudySearcher([plan("bad", num_trials=6), plan("good", num_trials=1)], memory, seed=0)
+    fails = 0
+    while (suggestion := searcher.suggest(f"t{fails}")) != Searcher.FINISHED:
+        if suggestion["cell"] == "good":
+            searcher.on_trial_complete(f"t{fails}", make_row(EPOCHS, 0.5))
+        else:
+            searcher.on_trial_complete(f"t{fails}", error=True)
+        fails += 1
+    assert searcher.counts("bad").failed == 4  # one above half of 6
+    assert searcher.gave_up("bad")
+    assert not searcher.gave_up("good")
+    assert searcher.best("bad") is None
+    reopened = StudySearcher([plan("bad", num_trials=6)], memory, seed=0)
+    assert not reopened.gave_up("bad")
+    assert isinstance(reopened.suggest("t"), dict)
+
+
+def test_trials_of_a_dead_driver_fail_and_their_points_come_first(storage):
+    first = StudySearcher([plan()], storage, seed=0)
+    run_trial(first, "done", [0.5] * EPOCHS)
+    dead = [first.suggest("x"), first.suggest("y")]
+    report(first, "x", make_row(1, 0.4))
+    report(first, "x", make_row(2, 0.6))
+
+    reopened = StudySearcher([plan()], storage, seed=0)
+    StudySearcher([plan()], storage, seed=0)  # a driver that died right after it had opened queues nothing twice
+    assert [trial.state for trial in trials_of(storage, plan())][:3] == [TrialState.COMPLETE, *[TrialState.FAIL] * 2]
+    assert reopened.counts("cell").done == 1
+    assert reopened.remaining("cell") == 5
+    again = [reopened.suggest("x"), reopened.suggest("y")]
+    assert [each["config"] for each in again] == [each["config"] for each in dead]
+    report(reopened, "x", make_row(2, 0.6))  # the row that the resumed run repeats
+    for epoch in range(3, EPOCHS + 1):
+        report(reopened, "x", make_row(epoch, 0.7))
+    reopened.on_trial_complete("x", make_row(EPOCHS, 0.7))
+    resumed = trials_of(storage, plan())[again[0]["number"]]
+    assert resumed.intermediate_values == {1: 0.4, 2: 0.6} | dict.fromkeys(range(3, EPOCHS + 1), 0.7)
+    assert resumed.user_attrs["resumes"] == dead[0]["number"]
+    reopened.on_trial_complete("y", make_row(EPOCHS, 0.7))
+
+    index = 0
+    while isinstance(reopened.suggest(f"t{index}"), dict):
+        reopened.on_trial_complete(f"t{index}", make_row(EPOCHS, 0.5))
+        index += 1
+    counts = reopened.counts("cell")
+    assert (counts.done, counts.failed, counts.running) == (6, 2, 0)
+    assert not [t for t in trials_of(storage, plan()) if t.state == TrialState.WAITING]
+
+
+def test_a_driver_that_dies_while_it_clears_up_loses_no_point(storage):
+    first = StudySearcher([plan()], storage, seed=0)
+    dead = first.suggest("x")
+    study = optuna.load_study(study_name=plan().name, storage=storage)
+    study.enqueue_trial(study.trials[0].params, user_attrs={"resumes": 0})  # ... and was killed before the tell
+    reopened = StudySearcher([plan()], storage, seed=0)
+    assert [trial.state for trial in trials_of(storage, plan())] == [TrialState.FAIL, TrialState.WAITING]
+    assert reopened.suggest("x")["config"] == dead["config"]
+
+
+def test_an_interrupted_trial_does_not_compete_with_itself(memory):
+    for value, is_stopped in ((0.5, False), (0.2, True)):
+        plans = [plan(f"cell{value}", num_trials=20)]
+        first = StudySearcher(plans, memory, seed=0)
+        for index, other in enumerate([0.9, 0.4, 0.3]):
+            run_trial(first, f"t{index}", [other] * EPOCHS)
+        for driver in range(4):  # killed at the same epoch again and again
+            searcher = StudySearcher(plans, memory, seed=driver)
+            searcher.suggest("x")
+            assert (report(searcher, "x", make_row(1, value)) == "STOP") is is_stopped
+
+
+def test_a_run_that_lost_its_folder_is_judged_where_it_is_not_where_it_was(memory):
+    first = StudySearcher([plan(num_trials=20)], memory, seed=0)
+    for index in range(3):
+        run_trial(first, f"t{index}", [0.9] * EPOCHS)
+    first.suggest("x")
+    values = {1: 0.95, 2: 0.1, 3: 0.1}
+    for epoch, value in values.items():
+        first.on_trial_result("x", make_row(epoch, value))
+    reopened = StudySearcher([plan(num_trials=20)], memory, seed=0)
+    number = reopened.suggest("x")["number"]
+    assert [report(reopened, "x", make_row(*each)) for each in values.items()] == ["CONTINUE", "CONTINUE", "STOP"]
+    reopened.on_trial_complete("x", make_row(3, 0.1))
+    trial = trials_of(memory, plan())[number]
+    assert (trial.state, trial.intermediate_values) == (TrialState.PRUNED, values)
+
+
+def test_a_finished_study_asks_for_nothing_and_a_raised_budget_goes_on(storage):
+    searcher = StudySearcher([plan(num_trials=2)], storage, seed=0)
+    for index in range(2):
+        run_trial(searcher, f"t{index}", [0.5] * EPOCHS)
+    assert searcher.suggest("none") == Searcher.FINISHED
+    assert StudySearcher([plan(num_trials=2)], storage, seed=0).suggest("none") == Searcher.FINISHED
+    more = StudySearcher([plan(num_trials=3)], storage, seed=0)
+    assert more.remaining("cell") == 1
+    assert more.suggest("t")["number"] == 2
+
+
+def points(searcher, count):
+    suggestions = [searcher.suggest(f"t{index}") for index in range(count)]
+    for index in range(count):
+        searcher.on_trial_complete(f"t{index}", make_row(EPOCHS, 0.5))
+    return [each["config"] for each in suggestions]
+
+
+def test_points_follow_from_the_seed_and_a_continued_study_draws_new_ones():
+    def search(seed, key="cell"):
+        storage = optuna.storages.InMemoryStorage()
+        # a budget with ten random first trials: two of them are drawn before, the others after the interruption
+        interrupted = points(StudySearcher([plan(key, num_trials=40)], storage, seed=seed), 3)
+        return interrupted, points(StudySearcher([plan(key, num_trials=40)], storage, seed=seed), 4)
+
+    first, continued = search(0)
+    assert search(0) == (first, continued)
+    assert not [config for config in continued if config in first]
+    assert search(1)[0][1:] != first[1:]
+    assert search(0, "other cell")[0][1:] != first[1:]
+
+
+def test_two_studies_in_one_storage_do_not_see_each_other(memory):
+    low, high = plan("low", num_trials=9), plan("high", num_trials=9)
+    both = StudySearcher([high, low], memory, seed=0)
+    index = 0
+    while isinstance(suggestion := both.suggest(f"t{index}"), dict):
+        level = 0.9 if suggestion["cell"] == "high" else 0.2
+        for epoch in range(1, EPOCHS + 1):
+            last = make_row(epoch, level + 0.01 * (suggestion["number"] % 3))
+            if report(both, f"t{index}", last) == "STOP":
+                break
+        both.on_trial_complete(f"t{index}", last)
+        index += 1
+    for key in ("low", "high"):
+        counts = both.counts(key)
+        assert counts.done == 9
+        assert counts.pruned
+        assert counts.complete >= 3
+    assert [t.state for t in trials_of(memory, low)] == [t.state for t in trials_of(memory, high)]
+    assert both.best("low").value == pytest.approx(0.22)
+    assert both.best("high").value == pytest.approx(0.92)
+
+
+def test_plans_need_names_of_their_own(memory):
+    with pytest.raises(ValueError, match="key"):
+        StudySearcher([plan(), plan()], memory, seed=0)
+
+
+def test_what_tune_pickles_holds_no_storage(storage, tmp_path):
+    searcher = StudySearcher([plan()], storage, seed=0)
+    searcher.save_to_dir(str(tmp_path / "missing"), "session")
+    assert b"sqlite" not in pickle.dumps(StudyScheduler(searcher))
+    with pytest.raises(RuntimeError, match="start the search again"):
+        searcher.restore_from_dir(str(tmp_path))
+
+
+@pytest.mark.parametrize("url", ["sqlite:////missing/folder/studies.db", "studies", "nosuchserver://u:secret@host/db"])
+def test_a_storage_that_cannot_be_reached_is_the_users_to_change(url):
+    with pytest.raises(UserError, match="study_storage") as caught:
+        open_storage(url)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_rungs_grow_by_the_reduction_and_stay_below_the_end():
+    assert halving_rungs(1) == ()
+    assert halving_rungs(2) == (1,)
+    assert halving_rungs(4) == (2,)
+    assert halving_rungs(8) == (1, 3)
+    assert halving_rungs(80) == (10, 30)
+    assert halving_rungs(400) == (50, 150)
+    for num_epochs in range(1, 500):
+        rungs = halving_rungs(num_epochs)
+        assert all(1 <= rung < num_epochs for rung in rungs)
+        assert len(rungs) <= 3
+
+
+def test_the_pruner_keeps_a_third_and_whoever_equals_it():
+    pruner = HalvingPruner((2, 6))
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+
+    def is_pruned(value, state=None, epochs=(1, 2)):
+        trial = study.ask()
+        for epoch in epochs:
+            trial.report(value, epoch)
+        answer = trial.should_prune()
+        if state is not None:
+            study.tell(trial, state=state)
+        return answer
+
+    assert [is_pruned(value) for value in (0.5, 0.4, 0.3)] == [False] * 3  # too few to judge by
+    for _ in range(5):
+        assert not is_pruned(0.9, TrialState.FAIL, epochs=(1, 2, 3))  # they do not count
+    assert is_pruned(0.35)  # third of 4, two go on
+    assert not is_pruned(0.4)  # shares the second place of 5
+    assert not is_pruned(0.0, epochs=(1,))
+    assert not is_pruned(0.0, epochs=(1, 2, 3))

@@ -1,0 +1,455 @@
+import contextlib
+import json
+import logging
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from refilled.errors import UserError
+from tune.tracking import Tracker, resolve_tracking_uri
+from tune.tracking_rows import RowTail
+from tune.tracking_runs import flat_params
+from tune.tracking_store import open_store, shown_uri
+
+DONE_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    """One real SQLite store for the module: creating its tables takes 2 s."""
+    uri = resolve_tracking_uri(None, tmp_path_factory.mktemp("storage"))
+    Tracker(uri, "first").close()
+    return uri
+
+
+@pytest.fixture
+def experiment():
+    return f"experiment-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def client(uri):
+    return open_store(uri, create=False)
+
+
+def append(folder, *rows, end="\n"):
+    folder.mkdir(exist_ok=True)
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n".join(json.dumps(row) for row in rows) + end)
+
+
+def row(epoch, accuracy=None):
+    return {"epoch": epoch, "stage": "embedding", "train_loss": 1.0 / epoch, "val_accuracy": accuracy or epoch / 10}
+
+
+def open_search(tracker, key="search"):
+    return tracker.start_search(key, name="a search", params={"trials": 4}, tags={"kind": "search"})
+
+
+def open_trial(tracker, folder, key="trial", **tags):
+    tracker.open_run(key, name="a trial", params={"tau": 4.0}, tags={"kind": "trial", **tags}, folder=folder)
+
+
+def points(client, run_id, metric):
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, metric)]
+
+
+def only_run(client, experiment, kind="trial"):
+    (run,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id], f"tags.kind = '{kind}'")
+    return run
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + DONE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_rows_arrive_while_the_file_is_being_written(uri, experiment, client, tmp_path):
+    with Tracker(uri, experiment) as tracker:
+        parent = open_search(tracker)
+        open_trial(tracker, tmp_path / "run")
+        run_id = tracker.run_id("trial")
+        append(tmp_path / "run", row(1), row(2))
+        wait_for(lambda: points(client, run_id, "val_accuracy") == [(1, 0.1), (2, 0.2)])
+        append(tmp_path / "run", row(3))
+        assert tracker.flush(DONE_S)
+        assert points(client, run_id, "val_accuracy") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+        assert client.get_run(run_id).info.status == "RUNNING"
+        tracker.close_run("trial", status="FINISHED", metrics={"best/val_accuracy": 0.3}, tags={"late": "tag"})
+        tracker.tag_run("trial", {"winner": "true"})
+        tracker.finish_search(status="FINISHED", metrics={"winners": 1.0})
+        assert tracker.flush(DONE_S)
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "a trial"
+    assert points(client, run_id, "best/val_accuracy") == [(3, 0.3)]
+    assert set(run.data.metrics) == {"train_loss", "val_accuracy", "best/val_accuracy"}
+    assert run.data.params == {"tau": "4.0"}
+    expected = {"kind": "trial", "run_key": "trial", "mlflow.parentRunId": parent, "late": "tag", "winner": "true"}
+    assert expected.items() <= run.data.tags.items()
+    search = client.get_run(parent)
+    assert (search.info.status, search.data.metrics) == ("FINISHED", {"winners": 1.0})
+    assert (search.data.params, search.data.tags["search_key"]) == ({"trials": "4"}, "search")
+
+
+def test_half_a_line_waits_for_its_rest(uri, experiment, client, tmp_path):
+    with Tracker(uri, experiment) as tracker:
+        open_search(tracker)
+        open_trial(tracker, tmp_path / "run")
+        append(tmp_path / "run", row(1))
+        line = json.dumps(row(2))
+        with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+            file.write(line[:20])
+            file.flush()
+            assert tracker.flush(DONE_S)
+            run_id = tracker.run_id("trial")
+            assert points(client, run_id, "val_accuracy") == [(1, 0.1)]
+            file.write(line[20:])  # complete, its newline still missing
+        assert tracker.flush(DONE_S)
+        assert points(client, run_id, "val_accuracy") == [(1, 0.1)]
+        tracker.close_run("trial", status="FINISHED", metrics={})
+        assert tracker.flush(DONE_S)
+    assert points(client, run_id, "val_accuracy") == [(1, 0.1), (2, 0.2)]
+
+
+def test_reemitted_rows_and_a_rewritten_file_are_not_logged_twice(uri, experiment, client, tmp_path):
+    with Tracker(uri, experiment) as tracker:
+        open_search(tracker)
+        open_trial(tracker, tmp_path / "run")
+        append(tmp_path / "run", row(1), row(2))
+        assert tracker.flush(DONE_S)
+        append(tmp_path / "run", row(2), row(3))
+        assert tracker.flush(DONE_S)
+        # A resumed run may cut its file back to the checkpoint by temporary file and rename.
+        (tmp_path / "new").mkdir()
+        append(tmp_path / "new", row(1), row(2), row(3), row(4))
+        (tmp_path / "new" / "metrics.jsonl").replace(tmp_path / "run" / "metrics.jsonl")
+        assert tracker.flush(DONE_S)
+        assert points(client, tracker.run_id("trial"), "train_loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
+
+
+def test_the_same_search_again_continues_its_runs(uri, experiment, client, tmp_path):
+    ids, ends = [], []
+    for attempt in (1, 2):
+        with Tracker(uri, experiment) as tracker:
+            parent = open_search(tracker)
+            if attempt == 2:
+                assert client.get_run(parent).info.status == "RUNNING"
+            open_trial(tracker, tmp_path / "done", key="done")
+            open_trial(tracker, tmp_path / "stopped", key="stopped", attempt=str(attempt))
+            if attempt == 1:
+                append(tmp_path / "done", row(1))
+                append(tmp_path / "stopped", row(1), row(2))
+            else:
+                append(tmp_path / "stopped", row(2), row(3))
+            tracker.close_run("done", status="FINISHED", metrics={"best/val_accuracy": 0.1})
+            if attempt == 2:
+                tracker.close_run("stopped", status="FINISHED", metrics={"best/val_accuracy": 0.3})
+                tracker.finish_search(status="FINISHED")
+            assert tracker.flush(DONE_S)
+            ids.append([parent, tracker.run_id("done"), tracker.run_id("stopped")])
+        ends.append(client.get_run(ids[0][1]).info.end_time)
+        if attempt == 1:
+            # Nothing claims to run once nobody watches it.
+            assert [client.get_run(run_id).info.status for run_id in ids[0]] == ["KILLED", "FINISHED", "KILLED"]
+    assert ids[0] == ids[1]
+    assert ends[0] == ends[1], "a finished run that is only seen again keeps its end"
+    assert [client.get_run(run_id).info.status for run_id in ids[0]] == ["FINISHED"] * 3
+    assert points(client, ids[0][2], "val_accuracy") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert points(client, ids[0][2], "best/val_accuracy") == [(3, 0.3)]
+    assert points(client, ids[0][1], "best/val_accuracy") == [(1, 0.1)]
+    assert client.get_run(ids[0][2]).data.tags["attempt"] == "2"
+    experiment_id = client.get_experiment_by_name(experiment).experiment_id
+    assert len(client.search_runs([experiment_id])) == 3
+
+
+def test_changed_params_of_a_found_run_are_left_and_missing_ones_added(uri, experiment, client, tmp_path):
+    for params in ({"tau": 4.0}, {"tau": 5.0, "weight": None}):
+        with Tracker(uri, experiment) as tracker:
+            open_search(tracker)
+            tracker.open_run("trial", name="t", params=params, tags={"kind": "trial"}, folder=tmp_path)
+            assert tracker.flush(DONE_S)
+    assert only_run(client, experiment).data.params == {"tau": "4.0", "weight": "none"}
+
+
+def test_every_way_a_run_can_end_and_its_artifacts(uri, experiment, client, tmp_path):
+    (tmp_path / "files" / "inner").mkdir(parents=True)
+    (tmp_path / "files" / "config.json").write_text("{}")
+    (tmp_path / "files" / "inner" / "student.pt").write_bytes(b"weights")
+    with Tracker(uri, experiment, artifact_root=tmp_path / "store of artifacts") as tracker:
+        parent = open_search(tracker)
+        for status in ("FINISHED", "KILLED", "FAILED"):
+            open_trial(tracker, tmp_path / status, key=status)
+            append(tmp_path / status, row(1))
+            tracker.close_run(status, status=status, metrics={}, artifacts=tmp_path / "files")
+        tracker.finish_search(status="FINISHED", artifacts=tmp_path / "files")
+        assert tracker.flush(DONE_S)
+        for status in ("FINISHED", "KILLED", "FAILED"):
+            assert client.get_run(tracker.run_id(status)).info.status == status
+        run_id = tracker.run_id("KILLED")
+    for found in (run_id, parent):
+        assert {item.path for item in client.list_artifacts(found)} == {"config.json", "inner"}
+    assert [item.path for item in client.list_artifacts(run_id, "inner")] == ["inner/student.pt"]
+    assert Path(client.download_artifacts(run_id, "inner/student.pt")).read_bytes() == b"weights"
+    assert list((tmp_path / "store of artifacts").rglob("student.pt"))
+
+
+def test_an_exception_in_the_block_ends_the_search_as_failed(uri, experiment, client, tmp_path):
+    def fail():
+        with Tracker(uri, experiment) as tracker:
+            open_search(tracker)
+            open_trial(tracker, tmp_path / "run")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert only_run(client, experiment, "search").info.status == "FAILED"
+    assert only_run(client, experiment).info.status == "KILLED"
+
+
+def test_two_searches_with_the_same_run_key_have_their_own_runs(uri, experiment, client, tmp_path):
+    append(tmp_path / "run", row(1))
+    ids = set()
+    for key in ("one", "two"):
+        with Tracker(uri, experiment) as tracker:
+            open_search(tracker, key)
+            open_trial(tracker, tmp_path / "run")
+            assert tracker.flush(DONE_S)
+            ids.add(tracker.run_id("trial"))
+    assert len(ids) == 2
+    assert all(points(client, run_id, "val_accuracy") == [(1, 0.1)] for run_id in ids)
+
+
+def test_a_store_that_refuses_is_survived_and_caught_up(tmp_path, uri, client, experiment, caplog, capsys):
+    database = uri.removeprefix("sqlite:///")
+    with Tracker(uri, experiment) as tracker, caplog.at_level(logging.INFO, "tune"):
+        open_search(tracker)
+        open_trial(tracker, tmp_path / "run")
+        append(tmp_path / "run", row(1))
+        assert tracker.flush(DONE_S)
+        run_id = tracker.run_id("trial")
+        with broken(database):
+            append(tmp_path / "run", row(2), row(3))
+            begin = time.monotonic()
+            tracker.close_run("trial", status="FINISHED", metrics={"best/val_accuracy": 0.3})
+            open_trial(tracker, tmp_path / "run", key="another")
+            assert time.monotonic() - begin < 0.1, "a call waits for nothing"
+            assert not tracker.flush(3.0)
+        assert tracker.flush(DONE_S)
+        assert points(client, run_id, "val_accuracy") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+        assert points(client, tracker.run_id("another"), "val_accuracy") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+        assert client.get_run(run_id).info.status == "FINISHED"
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "run trial goes on" in warnings[0].getMessage()
+    assert database in warnings[0].getMessage()
+    assert "holds everything again" in caplog.text
+    assert capsys.readouterr().err == "", "MLflow's own tracebacks stay away from the terminal"
+
+
+def test_a_batch_whose_answer_was_lost_is_not_logged_twice(tmp_path, uri, client, experiment):
+    database = uri.removeprefix("sqlite:///")
+    append(tmp_path / "run", row(1), row(2))
+    with Tracker(uri, experiment) as tracker:
+        open_search(tracker)
+        # MLflow writes a batch's metrics before its tags, each in a transaction of its own: this fails in between.
+        with contextlib.closing(sqlite3.connect(database, timeout=20)) as connection:
+            connection.execute(
+                "CREATE TRIGGER lost BEFORE INSERT ON tags WHEN new.key = 'late' BEGIN SELECT RAISE(ABORT, 'x'); END"
+            )
+            connection.commit()
+            open_trial(tracker, tmp_path / "run")
+            run_id = tracker.run_id("trial")
+            append(tmp_path / "run", row(3))
+            tracker.tag_run("trial", {"late": "tag"})
+            assert not tracker.flush(2.0)
+            assert points(client, run_id, "val_accuracy")[-1] == (3, 0.3)
+            connection.execute("DROP TRIGGER lost")
+            connection.commit()
+        assert tracker.flush(DONE_S)
+        assert points(client, run_id, "val_accuracy") == [(1, 0.1), (2, 0.2), (3, 0.3)]
+        assert client.get_run(run_id).data.tags["late"] == "tag"
+
+
+def test_closing_while_the_store_refuses_is_bounded_and_nothing_is_lost(tmp_path, uri, client, experiment, caplog):
+    tracker = Tracker(uri, experiment)
+    open_search(tracker)
+    append(tmp_path / "run", row(1))
+    with broken(uri.removeprefix("sqlite:///")):
+        open_trial(tracker, tmp_path / "run")
+        begin = time.monotonic()
+        tracker.close(timeout_s=1.5)
+        assert time.monotonic() - begin < 5.0
+    assert "has not taken everything of" in caplog.text
+    assert "trial" in caplog.text
+    with Tracker(uri, experiment) as tracker:
+        open_search(tracker)
+        open_trial(tracker, tmp_path / "run")
+        assert tracker.flush(DONE_S)
+        assert points(client, tracker.run_id("trial"), "val_accuracy") == [(1, 0.1)]
+
+
+@contextlib.contextmanager
+def broken(database):
+    """MLflow's table of metrics is really gone for a while."""
+    with contextlib.closing(sqlite3.connect(database, timeout=20)) as connection:
+        connection.execute("ALTER TABLE metrics RENAME TO metrics_away")
+        connection.commit()
+        try:
+            yield
+        finally:
+            connection.execute("ALTER TABLE metrics_away RENAME TO metrics")
+            connection.commit()
+
+
+def test_a_run_deleted_in_mlflow_comes_back(tmp_path, uri, client, experiment):
+    with Tracker(uri, experiment) as tracker:
+        open_search(tracker)
+        open_trial(tracker, tmp_path / "run")
+        first = tracker.run_id("trial")
+        client.delete_run(first)
+        append(tmp_path / "run", row(1))
+        assert tracker.flush(DONE_S)
+        second = tracker.run_id("trial")
+        assert second != first
+        assert points(client, second, "val_accuracy") == [(1, 0.1)]
+
+
+def test_many_rows_many_params_and_long_values_arrive_within_mlflows_limits(tmp_path, uri, client, experiment):
+    append(tmp_path / "run", *(row(epoch) for epoch in range(1, 901)))
+    params = {f"p{index}": index for index in range(150)} | {"long": "x" * 10_000, "odd;name|": 1, "k" * 300: 1}
+    with Tracker(uri, experiment) as tracker:
+        open_search(tracker)
+        tags = {"kind": "trial", "long": "y" * 9_000, "quote": 'it\'s "so" `odd` -- ; DROP'}
+        tracker.open_run("trial", name="n" * 400, params=params, tags=tags, folder=tmp_path / "run")
+        assert tracker.flush(DONE_S)
+        run = client.get_run(tracker.run_id("trial"))
+    assert len(points(client, run.info.run_id, "val_accuracy")) == 900
+    assert len(run.data.params) == 153
+    assert "k" * 250 in run.data.params
+    assert (len(run.data.params["long"]), run.data.params["odd_name_"]) == (6000, "1")
+    assert (len(run.data.tags["long"]), run.data.tags["quote"]) == (8000, tags["quote"])
+
+
+def test_keys_cannot_break_out_of_a_query(tmp_path, uri, experiment):
+    with Tracker(uri, experiment) as tracker:
+        with pytest.raises(ValueError, match="letters, digits"):
+            open_search(tracker, "x' OR tags.kind = 'search")
+        open_search(tracker)
+        with pytest.raises(ValueError, match="letters, digits"):
+            open_trial(tracker, tmp_path, key="it's")
+        with pytest.raises(KeyError, match="no run 'other'"):
+            tracker.close_run("other", status="FINISHED", metrics={})
+
+
+def test_flat_params():
+    nested = {"embedding": {"temperature": 4.0, "loss": {"kind": None}}, "overlaps": (0.0, 0.4), "bf16": True}
+    assert flat_params(nested) == {
+        "embedding.temperature": "4.0",
+        "embedding.loss.kind": "none",
+        "overlaps": "[0.0, 0.4]",
+        "bf16": "true",
+    }
+
+
+def test_row_tail_leaves_out_what_is_no_row(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    tail = RowTail(path)
+    assert list(tail.new_rows()) == []
+    path.write_bytes(
+        b'{"epoch": 1, "val_accuracy": NaN, "ok": true, "note": "x", "huge": Infinity}\n\xff\xfe{\n[1]\n\n{"epoch": 2}'
+    )
+    ((epoch, numbers),) = tail.new_rows()
+    assert epoch == 1
+    assert set(numbers) == {"val_accuracy", "huge"}
+    assert numbers["val_accuracy"] != numbers["val_accuracy"]
+    assert numbers["huge"] == sys.float_info.max
+    assert len(caplog.records) == 1
+    assert list(tail.new_rows()) == []
+    assert list(tail.new_rows(final=True)) == [(2, {})]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("http://127.0.0.1:9", "127.0.0.1:9 cannot be used (no server answers there)"),
+        ("http://user:secret@127.0.0.1:9", "user:***@"),
+        ("nonsense", "neither"),
+        ("ftp://host/x", "neither"),
+        ("sqlite://", "names no file"),
+        ("sqlite:////proc/none/mlflow.db", "/proc/none"),
+        ("sqlite:///{tmp}/folder", "unable to open"),
+        ("sqlite:///{tmp}/text.db", "not a database"),
+        ("sqlite:///{tmp}/new.db?timeout=soon", "could not convert"),
+        ("http://[half", "neither"),
+        ("postgresql://user:secret@127.0.0.1:9/x", "user:***@"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_one_sentence_soon(tmp_path, bad, reason):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.db").write_text("not a database " * 100)
+    before = sorted(tmp_path.iterdir())
+    begin = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        Tracker(bad.format(tmp=tmp_path), "experiment")
+    assert time.monotonic() - begin < 10
+    message = str(caught.value)
+    assert message.startswith("tracking_uri: MLflow at ")
+    assert reason in message
+    assert "secret" not in message
+    assert "\n" not in message
+    assert [path for path in sorted(tmp_path.iterdir()) if path.suffix != ".lock"] == before
+
+
+@pytest.mark.parametrize("name", ["", "  ", "x" * 501])
+def test_a_bad_experiment_name_is_refused_before_anything_is_written(tmp_path, name):
+    with pytest.raises(UserError, match="experiment: must be a name"):
+        Tracker(resolve_tracking_uri(None, tmp_path / "new"), name)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_deleted_experiment_is_named(uri, client, experiment):
+    Tracker(uri, experiment).close()
+    client.delete_experiment(client.get_experiment_by_name(experiment).experiment_id)
+    with pytest.raises(UserError, match=f"experiment: '{experiment}' was deleted"):
+        Tracker(uri, experiment)
+
+
+def test_resolve_tracking_uri(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_tracking_uri(None, Path("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert resolve_tracking_uri("http://host:5000", Path("runs")) == "http://host:5000"
+    with pytest.raises(UserError, match="storage"):
+        resolve_tracking_uri(None, tmp_path / "what?")
+    assert shown_uri("postgresql://me:pw@host/db") == "postgresql://me:***@host/db"
+
+
+def test_a_new_store_says_nothing_and_lies_in_the_storage_folder(tmp_path):
+    """In a process of its own: the first use of MLflow creates the tables and used to print."""
+    program = """
+        import sys
+        from pathlib import Path
+        from tune.tracking import Tracker, resolve_tracking_uri
+        assert "mlflow" not in sys.modules
+        with Tracker(resolve_tracking_uri(None, Path("runs")), "experiment") as tracker:
+            tracker.start_search("s", name="s", params={}, tags={})
+            tracker.open_run("r", name="r", params={}, tags={}, folder=Path("runs"))
+            tracker.close_run("r", status="FINISHED", metrics={}, artifacts=Path("runs/files"))
+            tracker.finish_search(status="FINISHED")
+    """
+    (tmp_path / "runs" / "files").mkdir(parents=True)
+    (tmp_path / "runs" / "files" / "a.txt").write_text("a")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert list((tmp_path / "runs" / "artifacts").rglob("a.txt"))

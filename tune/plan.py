@@ -1,0 +1,191 @@
+"""What a search will do, worked out and checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import refilled
+from refilled.config import RunConfig, SearchConfig, content_hash
+from refilled.data.label_space import NAMED_ORDERS, LabelSpaces
+from refilled.data.sources import validate_source
+from refilled.data.task import load_task, verify_test_images
+from refilled.errors import UserError
+from refilled.execution import cache_of
+from refilled.methods import num_epochs_of
+from refilled.models import validate_model_name
+from refilled.run_folder import run_key
+from refilled.store import require_writable
+from tune.space import as_data
+from tune.studies import StudyPlan
+
+Role = Literal["method", "baseline"]
+NO_TEACHER = "none"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (data set, overlap, teacher, student) with its own study and winner.
+
+    The vanilla student beside it is a cell of role `baseline` that all teachers share: same overlap and student, no
+    teacher, the same number of trials, and all epochs of both stages for its single one.
+    """
+
+    role: Role
+    overlap: float
+    teacher: str
+    student: str
+    run: RunConfig
+    spaces: LabelSpaces
+    data_digest: str
+
+    @property
+    def name(self) -> str:
+        """For people: `0.4 wrn-40-2>wrn-16-1 refilled`."""
+        return f"{self.overlap:g} {self.teacher}>{self.student} {self.run.method}"
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What MLflow's runs of this cell carry."""
+        return {
+            "cell": self.name,
+            "role": self.role,
+            "overlap": f"{self.overlap:g}",
+            "teacher": self.teacher,
+            "student": self.student,
+            "method": self.run.method,
+            "data_digest": self.data_digest,
+        }
+
+    def study_plan(self, num_trials: int, experiment: str) -> StudyPlan:
+        """The cell's study. Its name hashes what defines the cell, what is searched, and the experiment that asks."""
+        key = run_key(self.run, self.spaces, self.data_digest)
+        return StudyPlan(
+            key=self.name,
+            name=f"{experiment}-{content_hash([experiment, key, as_data(self.run)])}",
+            run=self.run,
+            num_trials=num_trials,
+            num_epochs=num_epochs_of(self.run),
+            attributes={
+                **self.tags,
+                "teacher_classes": list(self.spaces.teacher),
+                "student_classes": list(self.spaces.student),
+                "config": self.run.to_dict(),
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a search and what they share."""
+
+    search: SearchConfig
+    storage: Path
+    cells: tuple[Cell, ...]
+    baselines: tuple[Cell, ...]
+
+    @property
+    def all_cells(self) -> tuple[Cell, ...]:
+        """Cells with a study: the grid's, then the vanilla students'."""
+        return self.cells + self.baselines
+
+    def baseline_of(self, cell: Cell) -> Cell:
+        """The vanilla student beside a cell; a search of vanilla students is its own baseline."""
+        same = [each for each in self.baselines if (each.overlap, each.student) == (cell.overlap, cell.student)]
+        return same[0] if same else cell
+
+    @cached_property
+    def key(self) -> str:
+        """Names the search: equal for equal cells in one experiment, whatever the trials, seeds and workers."""
+        studies = sorted(each.study_plan(1, self.search.experiment).name for each in self.all_cells)
+        return content_hash([self.search.experiment, studies])
+
+
+def make_plan(search: SearchConfig) -> Plan:
+    """Check the whole request and decode the training images.
+
+    Raises:
+        UserError: for anything the search would stumble over later.
+    """
+    for field_name, names in (("teachers", search.teachers), ("students", search.students)):
+        for name in names:
+            _validate_model(field_name, name)
+    validate_source(search.run.data)
+    search = dataclasses.replace(search, run=_with_absolute_paths(search.run))
+    storage = Path(search.storage).absolute()
+    require_writable(storage, "storage")
+    cells, baselines = [], {}
+    for overlap in search.overlaps:
+        for teacher in search.teachers:
+            for student in search.students:
+                cell = _cell(search.run, "method", overlap, teacher, student, storage)
+                cells.append(cell)
+                if search.run.method != "student":
+                    baseline = _baseline_run(cell.run)
+                    baselines[overlap, student] = dataclasses.replace(
+                        cell, role="baseline", teacher=NO_TEACHER, run=baseline
+                    )
+    plan = Plan(search=search, storage=storage, cells=tuple(cells), baselines=tuple(baselines.values()))
+    for overlap in search.overlaps:
+        first = next(cell for cell in plan.cells if cell.overlap == overlap)
+        verify_test_images(first.run, cache_of(storage), first.spaces.student)
+    return plan
+
+
+def _cell(template: RunConfig, role: Role, overlap: float, teacher: str, student: str, storage: Path) -> Cell:
+    run = dataclasses.replace(template, overlap=overlap, teacher=teacher, student=student)
+    task = load_task(run, cache_of(storage))
+    if run.method == "kd" and task.spaces.teacher != task.spaces.student:
+        raise UserError("method kd needs num_teacher_classes and num_student_classes to be equal (Eq. 2).")
+    return Cell(
+        role=role,
+        overlap=overlap,
+        teacher=teacher,
+        student=student,
+        run=run,
+        spaces=task.spaces,
+        data_digest=task.data_digest,
+    )
+
+
+def _with_absolute_paths(run: RunConfig) -> RunConfig:
+    """The same run for a worker, whose current folder is another."""
+    kind, colon, path = run.data.partition(":")
+    data = f"{kind}:{Path(path).expanduser().absolute()}" if colon else run.data
+    is_named = run.class_order in NAMED_ORDERS
+    order = run.class_order if is_named else str(Path(run.class_order).expanduser().absolute())
+    return dataclasses.replace(run, data=data, class_order=order)
+
+
+def _baseline_run(run: RunConfig) -> RunConfig:
+    """The vanilla student with all the epochs that the method spends on both its stages."""
+    return dataclasses.replace(run, method="student", epochs=(0, num_epochs_of(run)))
+
+
+def _validate_model(field_name: str, name: str) -> None:
+    try:
+        validate_model_name(name)
+    except UserError as error:
+        raise UserError(f"{field_name}: {error}") from error
+
+
+def code_version() -> str:
+    """The package's version, with the commit where the code runs from a checkout."""
+    root = Path(refilled.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return refilled.__version__
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return refilled.__version__
+    return f"{refilled.__version__}+{described}"

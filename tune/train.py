@@ -1,0 +1,163 @@
+"""Train one configuration on 1..N workers of a Ray Train TorchTrainer.
+
+    python tune/train.py                                               the digits, one worker
+    python tune/train.py cifar100 --data parquet:DIR --overlap 0.4 --student wrn-16-1 --workers 2
+    python tune/train.py --refit                                       all training images, then the test set, once
+
+The same command again finds the finished run, or continues an interrupted one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from refilled.config import Config, RunConfig, SearchConfig
+from refilled.presets import preset
+from tune.cli import run_command
+from tune.cluster import fit, ray_cluster, ray_environment
+
+if TYPE_CHECKING:
+    from refilled.run_folder import RunFolder
+    from tune.plan import Cell, Plan
+    from tune.worker import Job
+
+HELP = "Train one student with one method on 1..N workers, and log it to MLflow."
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """One run, and where it runs and is kept; the fields beside `run` mean what they mean in a search."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """The run."""
+    refit: bool = False
+    """Train on all training images, hold nothing out, and read the test set at the end."""
+    workers: int = 1
+    """Workers of the TorchTrainer; the result does not depend on their number."""
+    cpus_per_worker: float = 1.0
+    """CPUs of one worker; torch uses as many threads, at least one."""
+    gpus_per_worker: float = 0.0
+    """GPUs of one worker."""
+    storage: str = "runs"
+    """Folder of caches, teachers, run folders and the MLflow store."""
+    tracking_uri: str | None = None
+    """MLflow tracking URI; none: a SQLite file in the storage folder."""
+    experiment: str = "refilled"
+    """MLflow experiment."""
+
+    def as_search(self) -> SearchConfig:
+        """The search of one cell and one trial that plans and checks this run, and whose checks are these fields'."""
+        return SearchConfig(
+            run=self.run,
+            overlaps=(self.run.overlap,),
+            teachers=(self.run.teacher,),
+            students=(self.run.student,),
+            trials=1,
+            seeds=1,
+            workers_per_trial=self.workers,
+            cpus_per_worker=self.cpus_per_worker,
+            gpus_per_worker=self.gpus_per_worker,
+            storage=self.storage,
+            tracking_uri=self.tracking_uri,
+            experiment=self.experiment,
+        )
+
+
+def start(preset_name: str) -> TrainConfig:
+    """A preset's run, of the first teacher and student of its grid."""
+    search = preset(preset_name)
+    run = dataclasses.replace(search.run, teacher=search.teachers[0], student=search.students[0])
+    return TrainConfig(run=run, storage=search.storage, experiment=search.experiment)
+
+
+def main(config: TrainConfig) -> int:
+    """Plan, train, report."""
+    with ray_environment():
+        from tune.plan import make_plan  # imports Ray, which reads its environment then
+        from tune.tracking import Tracker, resolve_tracking_uri
+
+        plan = make_plan(config.as_search())
+        uri = resolve_tracking_uri(config.tracking_uri, plan.storage)
+        with Tracker(uri, config.experiment, artifact_root=plan.storage / "artifacts") as tracker:
+            return _train(config, plan, tracker)
+
+
+def _train(config: TrainConfig, plan: Plan, tracker: Any) -> int:
+    from refilled.store import read_json
+    from tune.recording import Recorder
+    from tune.trainer import train_on_group
+
+    cell = plan.cells[0]
+    run = dataclasses.replace(cell.run, val_fraction=0.0) if config.refit else cell.run
+    recorder = Recorder(tracker, plan)
+    folder = recorder.folder(cell, run)
+    console = Console()
+    with ray_cluster(with_dashboard=True):
+        resources = fit(plan.search)
+        recorder.start_search(name=f"train {folder.path.name}")
+        _open(recorder, cell, run, refit=config.refit)
+        with _Follower(folder, console):
+            job: Job = "refit" if config.refit else "run"
+            train_on_group(job, run.to_dict(), str(plan.storage), resources, f"{job}-{folder.path.name}")
+    row = folder.result() or {}
+    if config.refit:
+        test_accuracy = float(read_json(folder.path / "test.json")["test_accuracy"])
+        recorder.close_refit(cell, run, test_accuracy)
+        console.print(f"Test accuracy {100 * test_accuracy:.2f} %")
+    else:
+        recorder.close_trial(cell, run, "complete", row, with_artifacts=True)
+        console.print(f"Validation accuracy {100 * row['best_val_accuracy']:.2f} % (epoch {row['best_epoch']})")
+    tracker.finish_search(status="FINISHED")
+    print(f"Run folder: {folder.path}\nMLflow: run {recorder.run_id(cell, run)} of experiment {config.experiment!r}")
+    return 0
+
+
+def _open(recorder: Any, cell: Cell, run: RunConfig, *, refit: bool) -> None:
+    if refit:
+        recorder.open_refit(cell, run, "method")
+    else:
+        recorder.open_trial(cell, run, 0)
+
+
+class _Follower:
+    """Prints the rows of a run as they appear in its folder."""
+
+    def __init__(self, folder: RunFolder, console: Console) -> None:
+        self._folder = folder
+        self._console = console
+        self._num_printed = 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follow-rows", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        self._print()
+
+    def _follow(self) -> None:
+        while not self._is_over.wait(POLL_S):
+            self._print()
+
+    def _print(self) -> None:
+        for row in self._folder.rows()[self._num_printed :]:
+            accuracy = f", validation accuracy {100 * row['val_accuracy']:.2f} %" if "val_accuracy" in row else ""
+            self._console.print(
+                f"epoch {row['epoch']} ({row['stage']}): loss {row['train_loss']:.4f}{accuracy}, "
+                f"{row['images_per_second']:.0f} images/s",
+                highlight=False,
+            )
+            self._num_printed += 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("train", HELP, start, main, inlined={"run"}))
