@@ -1,0 +1,294 @@
+import csv
+import math
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis.plots import accuracy_over_overlap, save_figure
+from analysis.report import app
+from analysis.runs import ALL_SEARCHES, fetch_runs
+from analysis.summary import summarise
+from analysis.tables import details_table, escape_markdown, mean_with_interval, overlap_table
+from refilled.command import run_app
+from refilled.errors import UserError
+from tune.tracking import Tracker, resolve_tracking_uri
+
+REPORT = Path(__file__).parents[2] / "analysis" / "report.py"
+FILES = ["accuracy_over_overlap.pdf", "accuracy_over_overlap.png", "cells.csv", "overlap_table.md"]
+METHOD_TESTS = {0.0: [0.70, 0.72, 0.74], 0.4: [0.80]}
+BASELINE_TESTS = {0.0: [0.69, 0.70, 0.68], 0.4: [0.79]}
+
+
+class Search:
+    """Writes runs as the platform does, through the tracker."""
+
+    def __init__(self, tracker, folder):
+        self.tracker, self.folder, self.count = tracker, folder, 0
+
+    def run(self, status="FINISHED", val=None, test=None, **tags):
+        self.count += 1
+        key = f"run-{self.count}"
+        if tags["role"] != "method":
+            tags = {"teacher": "none"} | tags
+        tags = {"teacher": "big|net", "student": "small", "method": "refilled"} | tags
+        tags |= {"search_key": self.folder.name, "code_version": "abc", "data_digest": "d1"}
+        tags["cell"] = f"{tags['overlap']}-{tags['teacher']}-{tags['student']}"
+        params = {"embedding": {"temperature": 4.0}, "classifier": {"distill_weight": None}}
+        text_tags = {name: str(value) for name, value in tags.items()}
+        self.tracker.open_run(key, name=key, params=params, tags=text_tags, folder=self.folder)
+        metrics = {} if val is None else {"best/val_accuracy": val}
+        self.tracker.close_run(key, status=status, metrics=metrics | ({} if test is None else {"test_accuracy": test}))
+        return key
+
+
+def write_search(tracker, key, folder):
+    tracker.start_search(key, name=key, params={}, tags={"kind": "search"})
+    search = Search(tracker, folder)
+    for overlap in (0.0, 0.4):
+        cell = {"overlap": overlap, "role": "method"}
+        search.run(kind="trial", trial=0, val=0.6, **cell)
+        search.run(kind="trial", trial=1, val=0.75, winner="true", **cell)
+        search.run(kind="trial", trial=2, val=0.95, status="KILLED", **cell)
+        search.run(kind="trial", trial=3, status="FAILED", **cell)
+        for role, results in (("method", METHOD_TESTS), ("baseline", BASELINE_TESTS)):
+            for seed, accuracy in enumerate(results[overlap]):
+                search.run(kind="refit", overlap=overlap, role=role, seed=seed, test=accuracy)
+    search.run(kind="trial", overlap=0.0, role="baseline", trial=0, val=0.9, winner="true")
+    search.run(kind="refit", overlap=0.0, role="baseline_short", seed=0, test=0.5)
+    search.run(kind="refit", overlap=0.0, role="method", seed=7, test=0.1, status="KILLED")
+    search.run(kind="refit", overlap=0.0, role="method", seed=8)
+    # The same student at another size has a baseline of its own.
+    search.run(kind="refit", overlap=0.0, role="baseline", student="tiny", seed=0, test=0.2)
+    tracker.finish_search(status="FINISHED")
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    """A store with the experiment `exp|1`: an older search `old` without refits, and the search `new`."""
+    folder = tmp_path_factory.mktemp("storage")
+    uri = resolve_tracking_uri(None, folder / "runs")
+    with Tracker(uri, "exp|1") as tracker:
+        tracker.start_search("old", name="old", params={}, tags={"kind": "search"})
+        Search(tracker, folder / "old").run(kind="trial", overlap=0.0, role="method", trial=0, val=0.2)
+        tracker.finish_search(status="FINISHED")
+        assert tracker.flush(30)
+    with Tracker(uri, "exp|1") as tracker:
+        write_search(tracker, "new", folder / "new")
+        assert tracker.flush(30)
+    Tracker(uri, "empty").close()
+    return uri
+
+
+@pytest.fixture(scope="module")
+def runs(uri):
+    return fetch_runs(uri, "exp|1")
+
+
+@pytest.fixture(scope="module")
+def cells(runs):
+    return summarise(runs)
+
+
+def test_fetch_runs_is_tidy(runs):
+    assert len(runs) == 21
+    assert runs["run_id"].is_unique
+    assert set(runs["search_key"]) == {"new"}
+    assert runs["winner"].sum() == 3
+    winner = runs[(runs["winner"]) & (runs["overlap"] == 0.4)].iloc[0]
+    assert (winner["val_accuracy"], winner["trial"], winner["status"]) == (0.75, 1, "FINISHED")
+    assert math.isnan(winner["test_accuracy"])
+    assert winner["seed"] is pd.NA
+    assert (winner["teacher"], winner["cell"]) == ("big|net", "0.4-big|net-small")
+    assert set(runs["params.embedding.temperature"]) == {"4.0"}
+    assert set(runs["params.classifier.distill_weight"]) == {"none"}
+    assert str(runs["start_time"].dtype).endswith("UTC]")
+
+
+def test_fetch_runs_chooses_the_search(uri, monkeypatch):
+    assert len(fetch_runs(uri, "exp|1", search_key="old")) == 1
+    monkeypatch.setattr("analysis.runs._PAGE", 4)  # several pages
+    assert len(fetch_runs(uri, "exp|1", search_key=ALL_SEARCHES)) == 22
+
+
+@pytest.mark.parametrize(
+    ("experiment", "search", "sentence"),
+    [
+        ("exp", None, "has no experiment 'exp'; it has 'empty', 'exp|1'"),
+        ('it\'s "this"', None, "has no experiment"),
+        ("exp|1", "x' OR '1", "has no search \"x' OR '1\"; it has old, new"),
+        ("empty", None, "holds no search"),
+    ],
+)
+def test_fetch_runs_names_what_there_is(uri, experiment, search, sentence):
+    with pytest.raises(UserError) as caught:
+        fetch_runs(uri, experiment, search_key=search)
+    assert sentence in str(caught.value).replace("'exp|1', 'empty'", "'empty', 'exp|1'")
+
+
+def test_reading_creates_nothing(tmp_path):
+    with pytest.raises(UserError, match="there is no file"):
+        fetch_runs(f"sqlite:///{tmp_path}/none/mlflow.db", "e")
+    other = tmp_path / "other.db"
+    connection = sqlite3.connect(other)
+    connection.execute("CREATE TABLE studies (id INTEGER)")
+    connection.close()
+    content = other.read_bytes()
+    with pytest.raises(UserError, match="holds no MLflow tables"):
+        fetch_runs(f"sqlite:///{other}", "e")
+    assert other.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["other.db"]
+
+
+def test_summarise_one_row_a_cell(cells, runs):
+    assert cells["overlap"].tolist() == [0.0, 0.4]
+    low, high = (row for _, row in cells.iterrows())
+    assert (low["teacher"], low["student"], low["method"]) == ("big|net", "small", "refilled")
+    assert low["val_accuracy"] == 0.75
+    assert low["test_accuracy"] == [0.70, 0.72, 0.74]
+    assert low["seeds"] == [0, 1, 2]
+    assert low["mean"] == pytest.approx(0.72)
+    assert low["ci95"] == pytest.approx(0.02 * 2.484138, abs=1e-7)
+    assert low["baseline_test_accuracy"] == [0.69, 0.70, 0.68]
+    assert low["baseline_mean"] == pytest.approx(0.69)
+    assert low["baseline_short_test_accuracy"] == [0.5]
+    # Pairs by seed: 0.01, 0.02, 0.06; mean 0.03, standard deviation sqrt(0.0007).
+    assert low["num_pairs"] == 3
+    assert low["difference_mean"] == pytest.approx(0.03)
+    assert low["difference_ci95"] == pytest.approx(4.302653 * math.sqrt(0.0007 / 3), abs=1e-7)
+    assert (low["num_trials"], low["num_pruned"], low["num_failed"]) == (4, 1, 1)
+    by_id = runs.set_index("run_id")
+    assert by_id.loc[low["run_ids"], "kind"].tolist() == ["trial", "refit", "refit", "refit"]
+    assert by_id.loc[low["run_ids"][0], "winner"]
+    assert by_id.loc[low["baseline_run_ids"], "test_accuracy"].tolist() == [0.69, 0.70, 0.68]
+    assert (high["mean"], high["baseline_mean"]) == (0.80, 0.79)
+    assert math.isnan(high["ci95"])
+    assert math.isnan(high["difference_ci95"])
+    assert (low["code_versions"], low["data_digests"]) == (["abc"], ["d1"])
+
+
+def test_pairs_are_by_seed_and_a_later_refit_replaces_an_earlier_one(runs):
+    shuffled = runs.sample(frac=1.0, random_state=0)
+    assert summarise(shuffled)["difference_mean"].tolist() == summarise(runs)["difference_mean"].tolist()
+    refits = (runs["kind"] == "refit") & (runs["overlap"] == 0.4) & (runs["role"] == "method")
+    again = runs[refits].assign(
+        run_id="later", test_accuracy=0.9, start_time=lambda table: table["start_time"] + pd.Timedelta(seconds=1)
+    )
+    cells = summarise(pd.concat([again, runs], ignore_index=True))
+    assert cells["test_accuracy"].tolist()[1] == [0.9]
+    assert cells["run_ids"].tolist()[1][1:] == ["later"]
+
+
+def test_cells_without_a_finished_refit_stay_visible(runs):
+    missing = runs[~((runs["overlap"] == 0.4) & (runs["kind"] == "refit"))]
+    cells = summarise(missing)
+    assert cells["test_accuracy"].tolist()[1] == []
+    assert "| 40 % | - | - | - |" in overlap_table(cells)
+    with pytest.raises(UserError, match="no finished refit"):
+        summarise(runs[runs["kind"] == "trial"])
+    with pytest.raises(UserError, match="no finished refit"):
+        summarise(runs.head(0))
+
+
+def test_overlap_table(cells):
+    lines = overlap_table(cells).splitlines()
+    assert lines[0] == (
+        r"| overlap | big\|net → small: refilled | big\|net → small: vanilla student "
+        r"| big\|net → small: vanilla student, classifier epochs only |"
+    )
+    assert lines[2] == "| 0 % | 72.00 ± 4.97 (n = 3) | 69.00 ± 2.48 (n = 3) | 50.00 (one seed) |"
+    assert lines[3] == "| 40 % | 80.00 (one seed) | 79.00 (one seed) | - |"
+    assert "+3.00 ± 6.57 (n = 3)" in details_table(cells)
+    assert "4 (1, 1)" in details_table(cells)
+    assert mean_with_interval(-0.01, 0.002, 2, signed=True) == "-1.00 ± 0.20 (n = 2)"
+
+
+def test_several_searches_are_not_mixed(uri, runs):
+    both = fetch_runs(uri, "exp|1", search_key=ALL_SEARCHES)
+    cells = summarise(both)
+    assert sorted(cells["search_key"]) == ["new", "new", "old"]
+    for draw in (overlap_table, accuracy_over_overlap):
+        with pytest.raises(ValueError, match="one search"):
+            draw(cells)
+
+
+def test_names_from_outside_are_escaped(cells):
+    name = "<script>|a_b*\n# `x` [l](u) & $y$ \\"
+    shown = escape_markdown(name)
+    assert shown == r"&lt;script&gt;\|a\_b\* \# \`x\` \[l\]\(u\) &amp; \$y\$ \\"
+    odd = cells.assign(teacher=name, method="$a$ $b")
+    header = overlap_table(odd).splitlines()[0]
+    assert shown in header
+    assert "<script>" not in header
+    axes = accuracy_over_overlap(odd).axes[0]
+    assert r"\$y\$" in axes.get_title()
+
+
+def test_the_figure_carries_the_data(cells, tmp_path):
+    other = cells.assign(student="tiny", mean=[0.5, 0.6])
+    figure = accuracy_over_overlap(pd.concat([cells, other], ignore_index=True))
+    first, second = figure.axes
+    assert (first.get_title(), second.get_title()) == ("big|net → small", "big|net → tiny")
+    method, vanilla = first.containers
+    assert (method.get_label(), vanilla.get_label()) == ("refilled", "vanilla student")
+    assert list(method.lines[0].get_xdata()) == [0.0, 40.0]
+    assert list(method.lines[0].get_ydata()) == pytest.approx([72.0, 80.0])
+    assert list(vanilla.lines[0].get_ydata()) == pytest.approx([69.0, 79.0])
+    assert list(second.containers[0].lines[0].get_ydata()) == pytest.approx([50.0, 60.0])
+    bar = method.lines[2][0].get_segments()[0]
+    assert [point[1] for point in bar] == pytest.approx([72.0 - 4.968276, 72.0 + 4.968276], abs=1e-5)
+    png, pdf = save_figure(figure, tmp_path / "figure.v1")
+    assert (png.name, pdf.name) == ("figure.v1.png", "figure.v1.pdf")
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    assert pdf.read_bytes()[:4] == b"%PDF"
+    content = pdf.read_bytes()
+    assert b"CreationDate" not in content
+    save_figure(figure, tmp_path / "figure.v1")
+    assert pdf.read_bytes() == content
+
+
+def test_report_command(uri, tmp_path, runs):
+    """As a user calls it: the file by its path."""
+    out = tmp_path / "out"
+    command = [sys.executable, str(REPORT), "--experiment", "exp|1", "--tracking-uri", uri, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "72.00 ± 4.97 (n = 3)" in done.stdout
+    assert all(str(out / name) in done.stdout for name in FILES)
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    text = (out / "overlap_table.md").read_text()
+    assert text.startswith("# exp\\|1\n")
+    assert "Search new; code version abc; data digest d1." in text
+    with (out / "cells.csv").open(newline="") as file:
+        low, _ = csv.DictReader(file)
+    assert low["test_accuracy"] == "0.7 0.72 0.74"
+    assert set(low["run_ids"].split()) <= set(runs["run_id"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--experiment", "other"], "has no experiment 'other'"),
+        (["--search", "old"], "no finished refit"),
+        (["--search", "nothing"], "has no search 'nothing'"),
+        (["--search", "all"], "a report shows one search"),
+        (["--tracking-uri", "http://127.0.0.1:9"], "tracking_uri: MLflow at http://127.0.0.1:9"),
+        (["--tracking-uri", "sqlite:///none.db"], "there is no file none.db"),
+        (["--out", "file"], "out: must be a folder"),
+        (["--out", "file/inner"], "out: file/inner cannot be written"),
+        (["--wrong", "option"], "--wrong"),
+    ],
+)
+def test_report_errors_are_one_sentence_and_nothing_is_written(uri, tmp_path, monkeypatch, capsys, options, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    given = {"--experiment": "exp|1", "--tracking-uri": uri, "--out": "out"} | dict([options])
+    assert run_app(app, [part for option in given.items() for part in option]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert sentence in shown.err
+    assert shown.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
