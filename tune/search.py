@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +48,12 @@ def _main(search: SearchConfig) -> int:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the progress view says what there is to say
     plan = make_plan(search)
-    study_storage = open_storage(search.study_storage or f"sqlite:///{plan.storage / 'studies.db'}")
+    # What the user named is tried before anything of our own is created.
+    study_storage = open_storage(search.study_storage) if search.study_storage else None
     tracking_uri = resolve_tracking_uri(search.tracking_uri, plan.storage)
     artifacts = plan.storage / "artifacts"
     with _only_driver(plan), Tracker(tracking_uri, search.experiment, artifact_root=artifacts) as tracker:
+        study_storage = study_storage or open_storage(f"sqlite:///{plan.storage / 'studies.db'}")
         return _run(plan, study_storage, tracker, tracking_uri)
 
 
@@ -167,14 +169,11 @@ def _artifacts(plan: Plan, summary: Path) -> Path:
     return folder
 
 
+def command(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    hidden = {"run.overlap", "run.teacher", "run.student"}  # the grid's, as lists
+    return run_command("search", HELP, preset, main, hidden=hidden, inlined={"run"}, arguments=arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(
-        run_command(
-            "search",
-            HELP,
-            preset,
-            main,
-            hidden={"run.overlap", "run.teacher", "run.student"},
-            inlined={"run"},
-        )
-    )
+    sys.exit(command())

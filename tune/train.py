@@ -12,12 +12,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from refilled.config import Config, RunConfig, SearchConfig
+from refilled.config.base import require
 from refilled.presets import preset
 from tune.cli import run_command
 from tune.cluster import fit, ray_cluster, ray_environment
@@ -51,6 +53,10 @@ class TrainConfig(Config):
     """MLflow tracking URI; none: a SQLite file in the storage folder."""
     experiment: str = "refilled"
     """MLflow experiment."""
+
+    def __post_init__(self) -> None:
+        """Check what `as_search` would name differently."""
+        require(self.workers >= 1, "workers", "at least 1", self.workers)
 
     def as_search(self) -> SearchConfig:
         """The search of one cell and one trial that plans and checks this run, and whose checks are these fields'."""
@@ -159,5 +165,10 @@ class _Follower:
             self._num_printed += 1
 
 
+def command(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_command("train", HELP, start, main, inlined={"run"}, arguments=arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command("train", HELP, start, main, inlined={"run"}))
+    sys.exit(command())
