@@ -31,8 +31,8 @@ def smoke() -> SearchConfig:
         run=RunConfig(
             data="digits",
             val_fraction=0.2,
-            epochs=(6, 6),
-            teacher_epochs=20,
+            epochs=(10, 20),
+            teacher_epochs=30,
             global_batch_size=64,
             precision="float32",
             views=ViewConfig(padding=1, flip=False),  # a mirrored digit is another digit
