@@ -76,8 +76,8 @@ class CellResult:
 
 def table(results: Sequence[dict[str, Any]], seeds: int) -> Table:
     """The objects of `summary.json` as a table for people; accuracies in per cent."""
-    interval = "mean ± 95 % interval" if seeds > 1 else "one seed, no interval"
-    shown = Table(title=f"Test accuracy in %: {interval} over {seeds} seed{'s' if seeds > 1 else ''}", show_lines=True)
+    of = f"mean ± 95 % interval over {seeds} seeds" if seeds > 1 else "one seed, so no interval"
+    shown = Table(title=f"Accuracy in %; test: {of}", show_lines=True)
     for name, justify in (
         ("overlap", "right"),
         ("teacher > student", "left"),
