@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -51,8 +52,7 @@ class Compute:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
-    def forward(self, model: nn.Module, images: Tensor, dropout_keys: Tensor | None = None) -> Output:
-        """Run a model on normalised images."""
+    def forward(self, model: Callable[..., Output], images: Tensor, dropout_keys: Tensor | None = None) -> Output:
+        """Run a model, or what it was compiled to, on normalised images."""
         with self.autocast():
-            output: Output = model(images, dropout_keys)
-        return output
+            return model(images, dropout_keys)

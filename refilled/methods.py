@@ -82,7 +82,11 @@ def needs_teacher(config: RunConfig, stage: StageName | None = None) -> bool:
 
 
 def embedding_loss(
-    config: EmbeddingConfig, student_embedding: Tensor, teacher_embedding: Tensor, labels: Tensor
+    config: EmbeddingConfig,
+    student_embedding: Tensor,
+    teacher_embedding: Tensor,
+    labels: Tensor,
+    largest_class: int | None = None,
 ) -> Tensor:
     """Loss of stage `embedding`: weight x student temperature² x comparison matching (Eq. 5).
 
@@ -95,6 +99,7 @@ def embedding_loss(
         student_embedding: [B, Ds].
         teacher_embedding: [B, Dt].
         labels: int64 [B].
+        largest_class: images of the batch's largest class, where the caller knows them.
     """
     student_temperature = config.student_temperature or config.temperature
     if config.tuples == "batch_minimum":
@@ -115,6 +120,7 @@ def embedding_loss(
             max_negatives=config.max_negatives,
             margin=config.margin,
             student_temperature=student_temperature,
+            largest_class=largest_class,
         )
     return config.weight * student_temperature**2 * matching
 

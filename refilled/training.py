@@ -27,7 +27,7 @@ from refilled.errors import UserError
 from refilled.evaluation import accuracy, class_means, nearest_mean_accuracy
 from refilled.keyed import derive_seed, keyed_uint64
 from refilled.methods import Stage, classifier_loss, embedding_loss, needs_teacher, stages_of
-from refilled.models import Model, build_model, parameters_of_embedding
+from refilled.models import Model, Output, build_model, parameters_of_embedding
 from refilled.optim import build_optimizer, learning_rate, set_learning_rate
 from refilled.run_folder import Row, RunFolder
 from refilled.teacher import FrozenTeacher, model_state
@@ -91,6 +91,7 @@ class _Learner:
     teacher: FrozenTeacher | None
     compute: Compute
     student: Model
+    trained: Callable[..., Output]  # the student as the steps run it: itself, or compiled
     views: Views
     images: Tensor  # uint8 [N, C, H, W], the whole training set on the device
 
@@ -159,12 +160,14 @@ def _make_learner(config: RunConfig, task: Task, teacher: FrozenTeacher | None, 
     )
     if distributed.world_size() > 1:
         distributed.convert_batch_norm(student)
+    student = compute.place_model(student)
     return _Learner(
         config=config,
         task=task,
         teacher=teacher,
         compute=compute,
-        student=compute.place_model(student),
+        student=student,
+        trained=torch.compile(student) if config.compile else student,
         views=Views(config.views),
         images=task.train.images.to(compute.device),
     )
@@ -222,7 +225,7 @@ def _step(learner: _Learner, stage: Stage, optimizer: torch.optim.Optimizer, bat
     view_ids = learner.views.draw(share, seed=config.seed, epoch=epoch)
     images = compute.place_images(learner.views.render(learner.images[share], view_ids), learner.task.normalization)
     keys = keyed_uint64(derive_seed(config.seed, "dropout"), epoch, share) if config.optimizer.dropout else None
-    output = compute.forward(learner.student, images, keys)
+    output = compute.forward(learner.trained, images, keys)
     labels = batch.labels.to(compute.device, non_blocking=True)
     signal = None
     if learner.teacher is not None and needs_teacher(config, stage.name):
@@ -230,7 +233,7 @@ def _step(learner: _Learner, stage: Stage, optimizer: torch.optim.Optimizer, bat
     if stage.name == "embedding":
         assert signal is not None
         embedding = distributed.gather_rows(output.embedding, batch.counts)
-        loss = embedding_loss(config.embedding, embedding, signal.embedding, labels)
+        loss = embedding_loss(config.embedding, embedding, signal.embedding, labels, batch.largest_class)
     else:
         logits = distributed.gather_rows(output.logits, batch.counts)
         classes = batch.classes.to(compute.device, non_blocking=True)

@@ -164,10 +164,14 @@ class TeacherConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig(Config):
-    """The finite augmentation: a random crop of the padded image and, where classes allow it, a horizontal flip."""
+    """The finite augmentation."""
 
+    kind: Literal["shifts", "resized_crops"] = "shifts"
+    """shifts: a random crop of the padded image (CIFAR); resized_crops: a random box resized to the whole (CUB)."""
     padding: int = 4
-    """Pixels of zero padding on each side before the crop; 4 gives 9 x 9 crops."""
+    """Pixels of zero padding on each side before the crop; 4 gives 9 x 9 crops (shifts only)."""
+    min_area: float = 0.25
+    """Smallest area of a box, as a share of the image (resized_crops only)."""
     flip: bool = True
     """Also mirror half of the views."""
     num_views: int | None = None
@@ -175,7 +179,9 @@ class ViewConfig(Config):
 
     def __post_init__(self) -> None:
         """Check every field."""
+        require(self.kind in ("shifts", "resized_crops"), "views.kind", "shifts or resized_crops", self.kind)
         require(0 <= self.padding <= 64, "views.padding", "in 0..64", self.padding)
+        require(0 < self.min_area <= 1, "views.min_area", "in (0, 1]", self.min_area)
         require(
             self.num_views is None or 1 <= self.num_views <= self.most,
             "views.num_views",
@@ -185,5 +191,7 @@ class ViewConfig(Config):
 
     @property
     def most(self) -> int:
-        """Number of different views of one image."""
+        """Number of different views of one image; boxes are drawn, so there are as many as one likes: 128."""
+        if self.kind == "resized_crops":
+            return 128
         return (2 * self.padding + 1) ** 2 * (2 if self.flip else 1)

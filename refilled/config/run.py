@@ -53,6 +53,8 @@ class RunConfig(Config):
     """Seed of the student's initial weights, order and views."""
     precision: Precision = "float32"
     """float32, float64, or bfloat16 (autocast, channels-last)."""
+    compile: bool = False
+    """Compile the student with torch.compile; pays off on a GPU and over many epochs."""
     ncm_images_per_class: int = 50
     """Training images a class that estimate the class means for validation during stage embedding."""
 

@@ -22,6 +22,7 @@ class Batch:
         share: int64 [b], the contiguous part of `image_ids` that this worker computes; shares in rank order make up
             the global batch in its order, and may differ by one image or be empty.
         counts: the number of images in each worker's share.
+        largest_class: images of the batch's largest class.
     """
 
     image_ids: Tensor
@@ -29,6 +30,7 @@ class Batch:
     classes: Tensor
     share: Tensor
     counts: tuple[int, ...]
+    largest_class: int
 
 
 def epoch_batches(
@@ -54,13 +56,15 @@ def epoch_batches(
     for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
         image_ids = order[start:stop]
         batch_labels = labels[image_ids]
+        classes, class_sizes = torch.unique(batch_labels, return_counts=True)
         shares = image_ids.tensor_split(world_size)
         yield Batch(
             image_ids=image_ids,
             labels=batch_labels,
-            classes=torch.unique(batch_labels),
+            classes=classes,
             share=shares[rank],
             counts=tuple(len(each) for each in shares),
+            largest_class=int(class_sizes.max()),
         )
 
 

@@ -53,6 +53,7 @@ def comparison_matching(
     max_negatives: int | None = None,
     margin: float | None = None,
     student_temperature: float | None = None,
+    largest_class: int | None = None,
 ) -> Tensor:
     """Mean over all tuples of KL(teacher's tuple probability || student's) (Eq. 5).
 
@@ -64,8 +65,8 @@ def comparison_matching(
     embeddings. For float32 embeddings (B = 256, D = 64) only the rounding of input and output is left: 1e-7 relative in
     the value and in the gradient (norm of the difference over norm). The price is float64 arithmetic in
     O(B (D + chunk)) memory; no [B, B] matrix is kept. Squared distances that differ by less than 3e-13 are ties; of
-    impostors that tie, `max_negatives` keeps those that come first in the batch. One number (the largest class size) is
-    read back from the device. On CUDA sums are added in no fixed order, so the last bits of float64 may vary.
+    impostors that tie, `max_negatives` keeps those that come first in the batch. On CUDA sums are added in no fixed
+    order, so the last bits of float64 may vary.
 
     Args:
         student: [B, Ds], any float dtype, not normalised.
@@ -75,6 +76,8 @@ def comparison_matching(
         max_negatives: K̂, keep the nearest (by D_S) so many impostors; None: all.
         margin: Keep impostors with D_S[i,n] - D_S[i,p] <= margin only; None: all.
         student_temperature: τ of the student's tuple probability; None: `temperature`.
+        largest_class: Images of the batch's largest class, or more, where the caller knows them; None: read back from
+            the device, for which the host waits.
 
     Returns:
         Scalar, float64 for a float64 student, else float32. NaN on CUDA where an embedding is not finite.
@@ -87,7 +90,7 @@ def comparison_matching(
     rule = tuple_rule(temperature, student_temperature, max_negatives, margin, num_images=len(labels))
     student_rows, teacher_rows = unit_rows(student), unit_rows(teacher.detach())
     differentiate = torch.is_grad_enabled() and student.requires_grad
-    loss: Tensor = _ComparisonMatching.apply(student_rows, teacher_rows, labels, rule, differentiate)
+    loss: Tensor = _ComparisonMatching.apply(student_rows, teacher_rows, labels, rule, differentiate, largest_class)
     return loss.to(result_dtype(student))
 
 
@@ -121,10 +124,16 @@ class _ComparisonMatching(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, rule: TupleRule, differentiate: bool
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        rule: TupleRule,
+        differentiate: bool,
+        largest_class: int | None,
     ) -> Tensor:
         num_images = len(student)
-        positives, is_pair = same_class_columns(labels)
+        positives, is_pair = same_class_columns(labels, largest_class)
         chunk_entries = CPU_CHUNK if student.device.type == "cpu" else CUDA_CHUNK
         chunk = max(chunk_entries // max(num_images, 1), MIN_CHUNK_ROWS)
         total = student.new_zeros(())
@@ -154,9 +163,9 @@ class _ComparisonMatching(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output, None, None, None, None
+        return gradient * grad_output, None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,7 @@ class _Anchors:
     is_pair: Tensor
 
 
-def same_class_columns(labels: Tensor) -> tuple[Tensor, Tensor]:
+def same_class_columns(labels: Tensor, largest_class: int | None = None) -> tuple[Tensor, Tensor]:
     """For every image the images of its class, padded to the largest class: columns [B, P], and which count [B, P].
 
     The image itself is among the columns, but not counted.
@@ -180,7 +189,9 @@ def same_class_columns(labels: Tensor) -> tuple[Tensor, Tensor]:
     ordered = labels[by_class]
     first = torch.searchsorted(ordered, labels, right=False)
     size = torch.searchsorted(ordered, labels, right=True) - first
-    slots = torch.arange(int(size.max()) if len(labels) else 0, device=labels.device)
+    if largest_class is None:
+        largest_class = int(size.max()) if len(labels) else 0
+    slots = torch.arange(largest_class, device=labels.device)
     is_member = slots < size[:, None]
     columns = by_class[torch.where(is_member, first[:, None] + slots, 0)]
     return columns, is_member & (columns != torch.arange(len(labels), device=labels.device)[:, None])

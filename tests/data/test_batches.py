@@ -33,6 +33,7 @@ def test_shares_in_rank_order_make_up_the_global_batch(world_size: int) -> None:
         assert ranks[0][step].counts == tuple(len(share) for share in shares)
         assert torch.equal(ranks[-1][step].classes, LABELS[batch.image_ids].unique())
         assert torch.equal(ranks[-1][step].labels, LABELS[batch.image_ids])
+        assert ranks[-1][step].largest_class == int(torch.bincount(LABELS[batch.image_ids]).max())
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(20, [10, 10]), (21, [10, 11]), (22, [10, 10, 2]), (5, [5])])

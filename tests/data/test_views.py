@@ -56,3 +56,39 @@ def test_few_views_are_spread_over_crops_and_flips() -> None:
     assert len({int(view) // 9 % 9 for view in ids}) >= 6
     drawn = views.draw(torch.arange(500), seed=0, epoch=0)
     assert set(drawn.tolist()) == set(ids.tolist())
+
+
+def _one_box(image: torch.Tensor, left: float, top: float, width: float, height: float, mirrored: bool) -> torch.Tensor:
+    """A box resized to the whole by bilinear interpolation at pixel centres, loop by loop: [C, H, W]."""
+    channels, rows, columns = image.shape
+    out = torch.zeros(channels, rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            across = (columns - 1 - column if mirrored else column) + 0.5
+            x = min(max((left + width * across / columns) * columns - 0.5, 0), columns - 1)
+            y = min(max((top + height * (row + 0.5) / rows) * rows - 0.5, 0), rows - 1)
+            x0, y0 = int(x), int(y)
+            x1, y1 = min(x0 + 1, columns - 1), min(y0 + 1, rows - 1)
+            fx, fy = x - x0, y - y0
+            upper = image[:, y0, x0] * (1 - fx) + image[:, y0, x1] * fx
+            lower = image[:, y1, x0] * (1 - fx) + image[:, y1, x1] * fx
+            out[:, row, column] = upper * (1 - fy) + lower * fy
+    return out
+
+
+def test_resized_crops_equal_bilinear_interpolation_of_their_box() -> None:
+    views = Views(ViewConfig(kind="resized_crops", num_views=16))
+    image = torch.randint(0, 256, (3, 11, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert views.view_ids[0] == views.plain == 0
+    rendered = views.render(image.expand(16, -1, -1, -1), views.view_ids)
+    assert torch.allclose(rendered[0], image.float(), atol=1e-3)
+    assert views._boxes is not None
+    for view, found in zip(views.view_ids.tolist(), rendered, strict=True):
+        (scale_x, _, shift_x), (_, scale_y, shift_y) = views._boxes[view].tolist()
+        width, height = abs(scale_x), scale_y
+        left, top = (shift_x - width + 1) / 2, (shift_y - height + 1) / 2
+        assert min(left, top) > -1e-6
+        assert max(left + width, top + height) < 1 + 1e-6
+        assert 0.18 <= width * height <= 1  # 0.25 at the least, less what is cut to the image
+        expected = _one_box(image.float(), left, top, width, height, mirrored=scale_x < 0)
+        assert torch.allclose(found, expected, atol=2e-3)

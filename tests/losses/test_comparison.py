@@ -360,3 +360,22 @@ def test_cuda_equals_cpu(rule: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss_there, there)[0].cpu(), gradient, rtol=1e-9, atol=1e-13)
     there = there.detach().index_fill(0, torch.tensor([3], device="cuda"), math.nan)
     assert comparison_matching(there, teacher.cuda(), labels.cuda(), temperature=0.1, **rule).isnan()
+
+
+@pytest.mark.parametrize("extra", [0, 1, 5])
+def test_known_size_of_the_largest_class_changes_nothing(extra: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3, 3, 3])
+    teacher = torch.randn(10, 5, dtype=torch.float64, generator=generator)
+    results = []
+    for largest in (None, 4 + extra):
+        student = torch.randn(10, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        student.requires_grad_()
+        loss = comparison_matching(student, teacher, labels, temperature=0.5, largest_class=largest)
+        loss.backward()
+        results.append((loss.item(), student.grad))
+    # the size itself changes no bit; a larger one pads sums with zeros, which may move the last
+    tolerance = 0.0 if extra == 0 else 1e-15
+    assert results[1][0] == pytest.approx(results[0][0], abs=tolerance)
+    assert results[0][0] > 0
+    assert torch.allclose(results[0][1], results[1][1], rtol=0, atol=tolerance)
