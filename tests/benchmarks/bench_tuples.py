@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -25,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 import torch  # noqa: E402
+from machine import machine_line  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from refilled.losses import comparison_matching  # noqa: E402
@@ -114,17 +113,6 @@ def row_of(form: str, size: int, result: dict[str, object]) -> tuple[str, float]
         f"{peak_gib:>10.3f} {result['loss']:>11.6f}"
     )
     return line, median
-
-
-def machine_line(threads: int) -> str:
-    """Processor, cores, threads used and versions."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = models[0] if models else model
-    python = platform.python_version()
-    return f"{model}, {os.cpu_count()} cores, {threads} thread(s), torch {torch.__version__}, Python {python}"
 
 
 def main() -> None:
