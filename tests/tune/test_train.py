@@ -37,7 +37,19 @@ def train(storage: Path, *arguments: str) -> str:
 
 def test_two_workers_give_the_numbers_of_one(tmp_path: Path) -> None:
     """Invariant 2: loss and validation of every epoch of both stages, the teacher's pre-training included."""
-    flags = "--overlap 0.4 --epochs 2 3 --teacher-epochs 2 --precision float64 --cpus-per-worker 0.5".split()
+    flags = [
+        "--overlap",
+        "0.4",
+        "--epochs",
+        "2",
+        "3",
+        "--teacher-epochs",
+        "2",
+        "--precision",
+        "float64",
+        "--cpus-per-worker",
+        "0.5",
+    ]
     printed = train(tmp_path / "group", *flags, "--workers", "2")
     run = dataclasses.replace(start("smoke").run, overlap=0.4, epochs=(2, 3), teacher_epochs=2, precision="float64")
     execute(run, tmp_path / "alone", Compute(torch.device("cpu"), "float64"))
@@ -55,7 +67,7 @@ def test_two_workers_give_the_numbers_of_one(tmp_path: Path) -> None:
 def test_refit_reads_the_test_set_and_logs_it(tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
-    flags = "--method student --epochs 0 3 --refit".split()
+    flags = ["--method", "student", "--epochs", "0", "3", "--refit"]
     printed = train(tmp_path, *flags)
     run = dataclasses.replace(start("smoke").run, method="student", epochs=(0, 3), val_fraction=0.0)
     value = refit(run, tmp_path, Compute(torch.device("cpu"), "float32"))  # found, not trained again
