@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from refilled import distributed
+from refilled.bank import bank_for
 from refilled.compute import Compute
 from refilled.config import RunConfig
 from refilled.data.task import Task, load_task, load_test_images
@@ -28,7 +29,14 @@ def run_folder(config: RunConfig, storage: Path) -> RunFolder:
     return RunFolder(storage / "runs" / run_key(config, task.spaces, task.data_digest))
 
 
-def execute(config: RunConfig, storage: Path, compute: Compute, on_report: Callable[[Row], None] | None = None) -> Row:
+def execute(
+    config: RunConfig,
+    storage: Path,
+    compute: Compute,
+    on_report: Callable[[Row], None] | None = None,
+    *,
+    num_sharing_runs: int = 1,
+) -> Row:
     """Train, or continue, or find finished, one run on this worker or this group of workers.
 
     Args:
@@ -36,6 +44,7 @@ def execute(config: RunConfig, storage: Path, compute: Compute, on_report: Calla
         storage: folder shared by all workers.
         compute: device and precision of this worker.
         on_report: takes every row as it comes; a finished run passes its last row once.
+        num_sharing_runs: runs, this one among them, of the same teacher and images, which would share a bank.
 
     Returns:
         The last row (see `refilled.training.run`).
@@ -51,20 +60,28 @@ def execute(config: RunConfig, storage: Path, compute: Compute, on_report: Calla
             return row
         if distributed.rank() == 0:
             folder.create(config, task)
-        return run(config, task, _teacher(config, task, storage, compute), carrier, compute)
+        teacher = _teacher(config, task, storage, compute, num_sharing_runs)
+        return run(config, task, teacher, carrier, compute)
 
 
-def refit(config: RunConfig, storage: Path, compute: Compute, on_report: Callable[[Row], None] | None = None) -> float:
+def refit(
+    config: RunConfig,
+    storage: Path,
+    compute: Compute,
+    on_report: Callable[[Row], None] | None = None,
+    *,
+    num_sharing_runs: int = 1,
+) -> float:
     """Train on all training images, then read the test set, once for this configuration and seed (invariant 1).
 
     This is the only place that reads test images, and it takes only configurations that hold nothing out, which no
-    search runs.
+    search runs. The arguments are those of `execute`.
 
     Returns:
         Test accuracy of the student at the end of the run.
     """
     assert config.val_fraction == 0, "a refit trains on all training images"
-    execute(config, storage, compute, on_report)
+    execute(config, storage, compute, on_report, num_sharing_runs=num_sharing_runs)
     folder = run_folder(config, storage)
     path = folder.path / "test.json"
     with only_here(folder.path):
@@ -79,8 +96,12 @@ def refit(config: RunConfig, storage: Path, compute: Compute, on_report: Callabl
     return float(read_json(path)["test_accuracy"])
 
 
-def _teacher(config: RunConfig, task: Task, storage: Path, compute: Compute) -> FrozenTeacher | None:
+def _teacher(
+    config: RunConfig, task: Task, storage: Path, compute: Compute, num_sharing_runs: int
+) -> FrozenTeacher | None:
     if not needs_teacher(config):
         return None
     pretrain_once(config, storage, compute)
-    return FrozenTeacher.load(config, task, storage, compute)
+    teacher = FrozenTeacher.load(config, task, storage, compute)
+    teacher.bank = bank_for(config, task, teacher, storage, compute, num_sharing_runs)
+    return teacher

@@ -34,17 +34,19 @@ def run_key(config: RunConfig, spaces: LabelSpaces, data_digest: str) -> str:
     """Content hash of everything that determines a run's numbers, followed by its seed.
 
     Where the data lies and how its class order is named do not count; its digest and the class lists do. What a method
-    does not use does not count either, so the vanilla students of all teachers are one.
+    does not use does not count either, so the vanilla students of all teachers are one. Of the bank only the type
+    counts: what the teacher says is rounded to it whether it comes from a bank or not.
     """
     determined = config.to_dict() | {
         "data": data_digest,
         "student_classes": spaces.student,
         "teacher_classes": spaces.teacher,
         "format": FORMAT,
+        "bank": config.bank.dtype,
     }
     unused = ["class_order", "num_teacher_classes", "num_student_classes", "overlap"]
     if not needs_teacher(config):
-        unused += ["teacher", "teacher_classes", "teacher_epochs", "pretraining"]
+        unused += ["teacher", "teacher_classes", "teacher_epochs", "pretraining", "bank"]
     if config.method not in METHODS_WITH_EMBEDDING_STAGE:
         unused += ["embedding", "ncm_images_per_class"]
         determined["epochs"] = (0, config.epochs[1])

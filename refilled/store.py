@@ -19,6 +19,8 @@ from filelock import FileLock, Timeout
 from refilled import distributed
 from refilled.errors import UserError
 
+WAIT_S = 30.0  # how long a group waits for a lock before its workers talk to each other
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file's content atomically, flushed to the disk."""
@@ -44,24 +46,33 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def only_here(path: Path) -> Iterator[None]:
+def only_here(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Let one process, or one group of workers, at a time work on `path`; others wait.
 
     Rank 0 holds the lock for its group. The kernel releases it when that process dies. While waiting the group talks to
     each other now and then, so that no collective runs into its time-out.
+
+    Args:
+        path: what is worked on; it need not exist.
+        wait: whether to wait while others work on it.
+
+    Yields:
+        Whether the work may be done here, always true where it waits.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f"{path.name}.lock"))
-    while not distributed.agree(distributed.rank() != 0 or _acquire(lock)):
-        continue
+    timeout_s = WAIT_S if wait else 0.0
+    here = distributed.agree(distributed.rank() != 0 or _acquire(lock, timeout_s))
+    while wait and not here:
+        here = distributed.agree(distributed.rank() != 0 or _acquire(lock, timeout_s))
     try:
-        yield
+        yield here
     finally:
-        if distributed.rank() == 0:
+        if here and distributed.rank() == 0:
             lock.release()
 
 
-def _acquire(lock: FileLock, timeout_s: float = 30.0) -> bool:
+def _acquire(lock: FileLock, timeout_s: float) -> bool:
     try:
         lock.acquire(timeout=timeout_s)
     except Timeout:

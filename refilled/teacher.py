@@ -7,7 +7,9 @@ once train it once.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,9 @@ from refilled.methods import TeacherSignal
 from refilled.models import Model, build_model
 from refilled.run_folder import RunFolder, load_tensors, run_key, save_tensors
 from refilled.store import only_here
+
+if TYPE_CHECKING:
+    from refilled.bank import Bank  # which asks the teacher
 
 
 def pretraining_run(config: RunConfig) -> RunConfig:
@@ -80,13 +85,22 @@ class FrozenTeacher:
     """A pre-trained network that is only asked, never trained.
 
     Attributes:
+        identity: hash of its configuration and weights.
+        embedding_dim: D.
         prototypes: [C, D] class means of the student's classes over the whole training split, unaugmented (Eq. 6).
+        bank: what it says of every training image and view, where that is known already.
     """
 
-    def __init__(self, model: Model, prototypes: Tensor, compute: Compute) -> None:
+    def __init__(
+        self, model: Model, prototypes: Tensor, compute: Compute, rounding: torch.dtype, identity: str
+    ) -> None:
         self._model = model.requires_grad_(False).eval()
         self._compute = compute
+        self._rounding = rounding
+        self.identity = identity
+        self.embedding_dim = model.embedding_dim
         self.prototypes = prototypes
+        self.bank: Bank | None = None
 
     @classmethod
     def load(cls, config: RunConfig, task: Task, storage: Path, compute: Compute) -> FrozenTeacher:
@@ -100,8 +114,9 @@ class FrozenTeacher:
         """
         folder = teacher_folder(config, storage)
         model = load_model(folder.path / "model.pt", compute)
-        identity = [folder.path.name, task.train.digest, config.precision]
-        path = storage / "prototypes" / f"{content_hash(identity)}.pt"
+        weights = hashlib.sha256((folder.path / "model.pt").read_bytes()).hexdigest()
+        identity = content_hash([folder.path.name, weights])
+        path = storage / "prototypes" / f"{content_hash([identity, task.train.digest, config.precision])}.pt"
 
         if distributed.agree(path.exists()):
             prototypes = load_tensors(path)["prototypes"].to(compute.device)
@@ -110,10 +125,23 @@ class FrozenTeacher:
             if distributed.rank() == 0:  # several processes may write the same content; each rename is whole
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_tensors(path, {"prototypes": prototypes.cpu()})
-        return cls(model, prototypes, compute)
+        rounding = getattr(torch, config.bank.dtype)
+        return cls(model, prototypes, compute, rounding, identity)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Embeddings [B, D] of normalised images [B, C, H, W]."""
+    def embed(self, images: Tensor, image_ids: Tensor, view_ids: Tensor) -> Tensor:
+        """Embeddings [B, D] of views of training images, as a bank has them, with or without one.
+
+        Args:
+            images: the views, normalised, [B, C, H, W].
+            image_ids: int64 [B], positions in the training set.
+            view_ids: int64 [B].
+        """
+        if self.bank is not None:
+            return self.bank.embed(image_ids, view_ids)
+        return self.embed_live(images).to(self._rounding).to(self._compute.dtype)
+
+    def embed_live(self, images: Tensor) -> Tensor:
+        """Embeddings [B, D] of normalised images [B, C, H, W], by running the network, unrounded."""
         with torch.no_grad():
             return self._compute.forward(self._model, images).embedding
 

@@ -169,7 +169,7 @@ def _make_learner(config: RunConfig, task: Task, teacher: FrozenTeacher | None, 
         student=student,
         trained=torch.compile(student) if config.compile else student,
         views=Views(config.views),
-        images=task.train.images.to(compute.device),
+        images=task.train.images.to(compute.device, memory_format=torch.channels_last),  # as views are rendered
     )
 
 
@@ -229,7 +229,8 @@ def _step(learner: _Learner, stage: Stage, optimizer: torch.optim.Optimizer, bat
     labels = batch.labels.to(compute.device, non_blocking=True)
     signal = None
     if learner.teacher is not None and needs_teacher(config, stage.name):
-        signal = learner.teacher.signal(distributed.gather_rows(learner.teacher.embed(images), batch.counts))
+        said = learner.teacher.embed(images, share, view_ids)
+        signal = learner.teacher.signal(distributed.gather_rows(said, batch.counts))
     if stage.name == "embedding":
         assert signal is not None
         embedding = distributed.gather_rows(output.embedding, batch.counts)

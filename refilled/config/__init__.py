@@ -1,5 +1,6 @@
 """What a run and a search are, as checked, documented plain data."""
 
+from refilled.config.bank import BankConfig
 from refilled.config.base import Config, content_hash
 from refilled.config.parts import (
     ClassifierConfig,
@@ -25,6 +26,7 @@ __all__ = [
     "METHODS_WITHOUT_TEACHER",
     "METHODS_WITH_EMBEDDING_STAGE",
     "PRECISIONS",
+    "BankConfig",
     "ClassifierConfig",
     "Config",
     "EmbeddingConfig",

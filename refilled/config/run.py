@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from refilled.config.bank import BankConfig
 from refilled.config.base import Config, require
 from refilled.config.parts import ClassifierConfig, EmbeddingConfig, OptimizerConfig, TeacherConfig, ViewConfig
 
@@ -63,6 +64,7 @@ class RunConfig(Config):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     pretraining: TeacherConfig = field(default_factory=TeacherConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
 
     def __post_init__(self) -> None:
         """Check every field, and that the method can run with them."""
