@@ -16,11 +16,12 @@ from tune.worker import Job, work
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One job; `name` is unique among the jobs of a search."""
+    """One job; `name` is unique among the jobs of a search, `num_sharing_runs` as in `tune.worker.work`."""
 
     kind: Job
     name: str
     run: RunConfig
+    num_sharing_runs: int = 1
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def run_jobs(jobs: Sequence[JobSpec], storage: Path, resources: Resources) -> It
                 _on_one_worker(job, storage, resources)
             else:
                 name = f"{job.kind}-{job.run.content_hash()}"
-                train_on_group(job.kind, job.run.to_dict(), str(storage), resources, name)
+                config, sharing = job.run.to_dict(), job.num_sharing_runs
+                train_on_group(job.kind, config, str(storage), resources, name, num_sharing_runs=sharing)
         except Exception as error:  # whatever ends one job must reach the caller, not end a thread silently
             done.put(JobResult(job, error))
         else:
@@ -67,5 +69,6 @@ def _on_one_worker(job: JobSpec, storage: Path, resources: Resources) -> None:
             str(storage),
             num_threads=resources.num_threads,
             num_gpus=resources.gpus_per_worker,
+            num_sharing_runs=job.num_sharing_runs,
         )
     )

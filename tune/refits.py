@@ -56,7 +56,8 @@ def refit_winners(
         recorder.open_refit(each.cell, each.run, each.role)
     progress.start_jobs("refitting winners", len(wanted))
     tested: dict[str, tuple[float | None, str]] = {}
-    jobs = [JobSpec("refit", key, each.run) for key, each in wanted.items()]
+    sharing = len(plan.search.students) * plan.search.seeds
+    jobs = [JobSpec("refit", key, each.run, sharing) for key, each in wanted.items()]
     for result in run_jobs(jobs, plan.storage, resources):
         each = wanted[result.job.name]
         path = recorder.folder(each.cell, each.run).path / "test.json"

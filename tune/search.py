@@ -112,15 +112,17 @@ def _search(plan: Plan, study_storage: Any, recorder: Any, progress: Any, resour
     studies = [cell.study_plan(plan.search.trials, plan.search.experiment) for cell in plan.all_cells]
     searcher = StudySearcher(studies, study_storage, seed=plan.search.run.seed)
     record_earlier_trials(plan, {name: searcher.trials(name) for name in cells}, recorder)
+    _say_what_banks_will_do(plan, progress)
     progress.start_trials(cell_progress(plan, searcher))
     on_group = resources.num_workers > 1
+    shared = {"storage": str(plan.storage), "num_sharing_runs": _num_sharing_runs(plan)}
     if on_group:
-        function = ray.tune.with_parameters(train_driver_fn, storage=str(plan.storage), resources=resources)
+        function = ray.tune.with_parameters(train_driver_fn, resources=resources, **shared)
         # A driver holds no CPU, or drivers could take what their own workers need; it sits on the head node.
         trainable = ray.tune.with_resources(function, {"node:__internal_head__": 0.001})
     else:
         function = ray.tune.with_parameters(
-            trial, storage=str(plan.storage), num_threads=resources.num_threads, num_gpus=resources.gpus_per_worker
+            trial, num_threads=resources.num_threads, num_gpus=resources.gpus_per_worker, **shared
         )
         trainable = ray.tune.with_resources(function, resources.per_worker)
     tuner = ray.tune.Tuner(
@@ -149,6 +151,29 @@ def _search(plan: Plan, study_storage: Any, recorder: Any, progress: Any, resour
         if best is not None:
             winners[name] = Winner(cell, best, dataclasses.asdict(searcher.counts(name)))
     return winners
+
+
+def _say_what_banks_will_do(plan: Plan, progress: Any) -> None:
+    """The two costs by which every trial decides, which otherwise only the workers' logs hold."""
+    from refilled.bank import bank_pays, epochs_with_teacher
+    from refilled.data.views import Views
+
+    run = plan.cells[0].run
+    epochs = epochs_with_teacher(run)
+    if not epochs:
+        return
+    num_views, sharing = len(Views(run.views).view_ids), _num_sharing_runs(plan)
+    built = {"bank": True, "live": False, "auto": bank_pays(run, num_views, sharing)}[run.bank.mode]
+    progress.note(
+        f"Teacher's passes over the data, for each overlap: {num_views} to fill a bank of all views, "
+        f"{sharing * epochs} for {sharing} trials of {epochs} epochs without: "
+        f"{'banks are used' if built else 'the teacher runs in every step, unless a bank is there already'}."
+    )
+
+
+def _num_sharing_runs(plan: Plan) -> int:
+    """Trials that ask the same teacher about the same images: those of all students of an overlap."""
+    return len(plan.search.students) * plan.search.trials
 
 
 def _trial_folder(trial: Any) -> str:

@@ -16,6 +16,8 @@ def train_on_group(
     storage: str,
     resources: Resources,
     name: str,
+    *,
+    num_sharing_runs: int = 1,
     callbacks: tuple[Any, ...] = (),
 ) -> None:
     """Do a job on a TorchTrainer group of `resources.num_workers` workers; its results are in the run's folder.
@@ -26,6 +28,7 @@ def train_on_group(
         storage: absolute path shared by all workers.
         resources: of the group.
         name: of the Ray Train run.
+        num_sharing_runs: see `tune.worker.work`.
         callbacks: of Ray Train, such as the one that hands rows to Tune; without one no row goes through Ray.
     """
     import ray.train
@@ -39,6 +42,7 @@ def train_on_group(
             "storage": storage,
             "num_threads": resources.num_threads,
             "num_gpus": resources.gpus_per_worker,
+            "num_sharing_runs": num_sharing_runs,
             "reports": bool(callbacks),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -58,10 +62,18 @@ def train_on_group(
     trainer.fit()
 
 
-def train_driver_fn(sample: Mapping[str, Any], *, storage: str, resources: Resources) -> None:
+def train_driver_fn(sample: Mapping[str, Any], *, storage: str, resources: Resources, num_sharing_runs: int) -> None:
     """One Tune trial on several workers: drives a TorchTrainer whose rows go to Tune."""
     import ray.tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
     name = f"trial-{ray.tune.get_context().get_trial_id()}"
-    train_on_group("run", sample["config"], storage, resources, name, callbacks=(TuneReportCallback(),))
+    train_on_group(
+        "run",
+        sample["config"],
+        storage,
+        resources,
+        name,
+        num_sharing_runs=num_sharing_runs,
+        callbacks=(TuneReportCallback(),),
+    )

@@ -26,6 +26,7 @@ def work(
     *,
     num_threads: int,
     num_gpus: float,
+    num_sharing_runs: int = 1,
     on_report: Callable[[Row], None] | None = None,
 ) -> None:
     """Do one job on this worker or this group of workers; what comes of it is in the run's folder.
@@ -36,6 +37,7 @@ def work(
         storage: absolute path shared by all workers.
         num_threads: of torch.
         num_gpus: this worker's share; above 0 the run computes on its GPU.
+        num_sharing_runs: runs that ask the same teacher about the same images, and would share its bank.
         on_report: takes the rows.
     """
     from refilled.execution import execute, refit
@@ -46,16 +48,24 @@ def work(
     if job == "teacher":
         pretrain_once(run, Path(storage), compute)
     elif job == "refit":
-        refit(run, Path(storage), compute, on_report)
+        refit(run, Path(storage), compute, on_report, num_sharing_runs=num_sharing_runs)
     else:
-        execute(run, Path(storage), compute, on_report)
+        execute(run, Path(storage), compute, on_report, num_sharing_runs=num_sharing_runs)
 
 
-def trial(sample: Mapping[str, Any], *, storage: str, num_threads: int, num_gpus: float) -> None:
+def trial(sample: Mapping[str, Any], *, storage: str, num_threads: int, num_gpus: float, num_sharing_runs: int) -> None:
     """One Tune trial on one worker; `sample` is what the searcher suggests, its `config` a whole run."""
     import ray.tune
 
-    work("run", sample["config"], storage, num_threads=num_threads, num_gpus=num_gpus, on_report=ray.tune.report)
+    work(
+        "run",
+        sample["config"],
+        storage,
+        num_threads=num_threads,
+        num_gpus=num_gpus,
+        num_sharing_runs=num_sharing_runs,
+        on_report=ray.tune.report,
+    )
 
 
 def train_fn_per_worker(arguments: dict[str, Any]) -> None:
@@ -68,6 +78,7 @@ def train_fn_per_worker(arguments: dict[str, Any]) -> None:
         arguments["storage"],
         num_threads=arguments["num_threads"],
         num_gpus=arguments["num_gpus"],
+        num_sharing_runs=arguments["num_sharing_runs"],
         on_report=ray.train.report if arguments["reports"] else None,
     )
 
