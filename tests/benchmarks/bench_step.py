@@ -1,0 +1,188 @@
+"""A step of REFILLED against a step of the vanilla student, on the same batch, in turn.
+
+    python tests/benchmarks/bench_step.py
+    python tests/benchmarks/bench_step.py --students wrn-16-1 --device cuda --precision bfloat16
+
+For each student of Table 19 and the teacher WRN-40-2, one step (views, forward, loss, backward, optimiser) of
+
+    vanilla           cross-entropy alone
+    embedding bank    stage embedding, teacher's embeddings from the bank
+    classifier bank   stage classifier, the same
+    embedding live    stage embedding, the teacher runs in the step
+    classifier live   stage classifier, the same
+    triplets live     stage embedding by all triplets of the batch, [B, B, B], as it is commonly written
+
+Every round times each of them once on the same batch; the table gives the median over rounds of the time and of the
+ratio to that round's vanilla step. Images are random: the time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from machine import machine_line
+from torch import Tensor
+
+from refilled import training
+from refilled.bank import bank_for
+from refilled.compute import Compute
+from refilled.config import BankConfig, RunConfig, ViewConfig
+from refilled.data.batches import Batch, epoch_batches
+from refilled.data.images import make_image_set
+from refilled.data.label_space import LabelSpaces
+from refilled.data.task import Normalization, Task
+from refilled.methods import stages_of
+from refilled.models import build_model
+from refilled.optim import build_optimizer
+from refilled.presets import CIFAR_STUDENTS, cifar100
+from refilled.teacher import FrozenTeacher
+
+NUM_CLASSES = 50
+
+
+def random_task(num_images: int, side: int = 32) -> Task:
+    """Images of noise with the shape of CIFAR's."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (num_images, 3, side, side), dtype=torch.uint8, generator=generator)
+    classes = tuple(f"class {number}" for number in range(NUM_CLASSES))
+    return Task(
+        spaces=LabelSpaces(teacher=classes, student=classes),
+        train=make_image_set(images, torch.arange(num_images) % NUM_CLASSES, classes),
+        validation=None,
+        normalization=Normalization(mean=torch.full((3,), 0.5).double(), std=torch.full((3,), 0.25).double()),
+        data_digest="noise",
+    )
+
+
+def triplet_matching(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float, **_: object) -> Tensor:
+    """The same comparison with one impostor a tuple, every triplet of the batch at once."""
+    d_s, d_t = (torch.cdist(unit, unit) for unit in map(torch.nn.functional.normalize, (student, teacher)))
+    same = labels[:, None] == labels[None, :]
+    positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    chosen = positive[:, :, None] & ~same[:, None, :] & (d_s[:, None, :] > d_s[:, :, None])
+    anchors, positives, negatives = chosen.nonzero(as_tuple=True)
+    pairs_s, pairs_t = (
+        torch.stack((-d[anchors, positives], -d[anchors, negatives]), dim=1) / temperature for d in (d_s, d_t)
+    )
+    log_s, log_t = pairs_s.log_softmax(1), pairs_t.log_softmax(1)
+    return (log_t.exp() * (log_t - log_s)).sum(1).mean()
+
+
+class Case:
+    """One way of doing a step, with a student and an optimiser of its own."""
+
+    def __init__(self, run: RunConfig, task: Task, teacher: FrozenTeacher | None, compute: Compute, stage: str) -> None:
+        self._learner = training._make_learner(run, task, teacher, compute)
+        self._stage = next(each for each in stages_of(run) if each.name == stage)
+        parameters = training._parameters(self._learner.student, self._stage)
+        self._optimizer = build_optimizer(parameters, run.optimizer)
+        self._learner.student.train()
+
+    def step(self, batch: Batch) -> None:
+        """The step of `refilled.training`."""
+        training._step(self._learner, self._stage, self._optimizer, batch, epoch=0)
+
+
+def timed_s(action: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started_s = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started_s
+
+
+def with_triplets(case: Case, batch: Batch) -> None:
+    """A step whose matching loss is the plain triplet form."""
+    import refilled.methods
+
+    exact = refilled.methods.comparison_matching
+    refilled.methods.comparison_matching = triplet_matching  # type: ignore[assignment]
+    try:
+        case.step(batch)
+    finally:
+        refilled.methods.comparison_matching = exact
+
+
+def bench(student: str, arguments: argparse.Namespace, storage: Path) -> None:
+    """Print the rows of one student."""
+    compute = Compute(torch.device(arguments.device), arguments.precision)
+    run = dataclasses.replace(
+        cifar100().run,
+        student=student,
+        teacher=arguments.teacher,
+        precision=arguments.precision,
+        global_batch_size=arguments.batch,
+        compile=arguments.compile,
+        views=ViewConfig(num_views=4),
+        bank=BankConfig(mode="bank"),
+    )
+    task = random_task(2 * arguments.batch)
+    model = build_model(run.teacher, num_classes=NUM_CLASSES, in_channels=3, image_size=32, seed=1)
+    prototypes = torch.randn(NUM_CLASSES, model.embedding_dim, generator=torch.Generator().manual_seed(1))
+    prototypes = prototypes.to(compute.device, compute.dtype)
+    live, banked = (
+        FrozenTeacher(compute.place_model(model), prototypes, compute, torch.float16, "noise") for _ in range(2)
+    )
+    banked.bank = bank_for(run, task, banked, storage, compute, 1)
+    vanilla = dataclasses.replace(run, method="student")
+    cases: dict[str, Callable[[Batch], None]] = {
+        "vanilla": Case(vanilla, task, None, compute, "classifier").step,
+        "embedding bank": Case(run, task, banked, compute, "embedding").step,
+        "classifier bank": Case(run, task, banked, compute, "classifier").step,
+        "embedding live": Case(run, task, live, compute, "embedding").step,
+        "classifier live": Case(run, task, live, compute, "classifier").step,
+    }
+    triplets = Case(run, task, live, compute, "embedding")
+    cases["triplets live"] = lambda batch: with_triplets(triplets, batch)
+    batch = next(iter(epoch_batches(task.train.labels, global_batch_size=arguments.batch, seed=0, epoch=0)))
+    for step in cases.values():
+        step(batch)  # warm up
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(arguments.rounds):
+        for name, step in cases.items():
+            times[name].append(timed_s(lambda step=step: step(batch), compute.device))  # type: ignore[misc]
+    for name, seconds in times.items():
+        ratios = sorted(each / base for each, base in zip(seconds, times["vanilla"], strict=True))
+        print(
+            f"{student:>9} {name:<16} {1e3 * statistics.median(seconds):>9.1f} "
+            f"{statistics.median(ratios):>7.3f} {ratios[0]:>7.3f} {ratios[-1]:>7.3f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--students", nargs="+", default=list(CIFAR_STUDENTS))
+    parser.add_argument("--teacher", default="wrn-40-2")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--precision", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(machine_line(arguments.threads))
+    print(f"teacher {arguments.teacher}, batch {arguments.batch}, {arguments.precision}, {arguments.rounds} rounds")
+    print(f"{'student':>9} {'step':<16} {'median ms':>9} {'ratio':>7} {'least':>7} {'most':>7}")
+    with tempfile.TemporaryDirectory() as storage:
+        for student in arguments.students:
+            bench(student, arguments, Path(storage))
+
+
+if __name__ == "__main__":
+    main()
