@@ -138,3 +138,12 @@ def test_run_key_forgets_what_the_method_does_not_use(digits_run: RunConfig, sto
     assert key(digits_run) != key(digits_run.with_overrides({"embedding.temperature": 9.0}))
     assert key(digits_run) != key(digits_run.with_overrides({"teacher_epochs": 9}))
     assert key(digits_run) == key(digits_run.with_overrides({"data": "imagefolder:/elsewhere"}))
+
+
+def test_compiled_student_learns_alike(digits_run: RunConfig, storage: Path, compute: Compute) -> None:
+    run = dataclasses.replace(digits_run, method="student", epochs=(0, 1))
+    rows = [execute(dataclasses.replace(run, compile=compiled), storage, compute) for compiled in (False, True)]
+    assert rows[1]["train_loss"] == pytest.approx(rows[0]["train_loss"], rel=1e-5)
+    assert rows[1]["train_loss"] != 0
+    state = torch.load(run_folder(dataclasses.replace(run, compile=True), storage).path / "model.pt")
+    assert "conv1.weight" in state["weights"]  # under its own names, so that it loads without compiling
