@@ -36,6 +36,11 @@ def test_unknown_override_is_named(name: str) -> None:
         RunConfig().with_overrides({name: 1})
 
 
+def test_unknown_key_of_a_dict_is_named() -> None:
+    with pytest.raises(UserError, match="Unknown setting 'tau'; RunConfig has"):
+        RunConfig.from_dict(RunConfig().to_dict() | {"tau": 2.0})
+
+
 def test_content_hash_sees_every_leaf() -> None:
     run = RunConfig(method="student")
     changes = {
