@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -80,7 +79,7 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str) -> int
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     recorder = Recorder(tracker, plan)
-    with ray_cluster(with_dashboard=plan.search.workers_per_trial > 1):
+    with ray_cluster(with_dashboard=plan.search.workers_per_trial > 1 or plan.search.trial_backend == "torch_trainer"):
         resources = fit(plan.search)
         recorder.start_search()
         with Progress(console) as progress:
@@ -100,13 +99,10 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str) -> int
 
 def _search(plan: Plan, study_storage: Any, recorder: Any, progress: Any, resources: Any) -> dict[str, Any]:
     """All trials of all cells in one Tune run; the winners by cell name."""
-    import ray.tune
-
     from tune.recording import SearchCallback, cell_progress, record_earlier_trials
     from tune.refits import Winner
     from tune.studies import StudyScheduler, StudySearcher
-    from tune.trainer import train_driver_fn
-    from tune.worker import trial
+    from tune.tuner import run_trials, trial_function
 
     cells = {cell.name: cell for cell in plan.all_cells}
     studies = [cell.study_plan(plan.search.trials, plan.search.experiment) for cell in plan.all_cells]
@@ -114,37 +110,17 @@ def _search(plan: Plan, study_storage: Any, recorder: Any, progress: Any, resour
     record_earlier_trials(plan, {name: searcher.trials(name) for name in cells}, recorder)
     _say_what_banks_will_do(plan, progress)
     progress.start_trials(cell_progress(plan, searcher))
-    on_group = resources.num_workers > 1
-    shared = {"storage": str(plan.storage), "num_sharing_runs": _num_sharing_runs(plan)}
-    if on_group:
-        function = ray.tune.with_parameters(train_driver_fn, resources=resources, **shared)
-        # A driver holds no CPU, or drivers could take what their own workers need; it sits on the head node.
-        trainable = ray.tune.with_resources(function, {"node:__internal_head__": 0.001})
-    else:
-        function = ray.tune.with_parameters(
-            trial, num_threads=resources.num_threads, num_gpus=resources.gpus_per_worker, **shared
-        )
-        trainable = ray.tune.with_resources(function, resources.per_worker)
-    tuner = ray.tune.Tuner(
-        trainable,
-        tune_config=ray.tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=StudyScheduler(searcher),
-            num_samples=-1,
-            max_concurrent_trials=resources.slots,
-            trial_dirname_creator=_trial_folder,
-            reuse_actors=not on_group,  # with a TorchTrainer inside, the first early stop would hang the search
+    run_trials(
+        trial_function(
+            resources, plan.storage, num_sharing_runs=_num_sharing_runs(plan), backend=plan.search.trial_backend
         ),
-        run_config=ray.tune.RunConfig(
-            name=f"search-{plan.key}",
-            storage_path=str(plan.storage / "ray"),
-            verbose=0,
-            callbacks=[SearchCallback(cells, searcher, recorder, progress)],
-        ),
+        searcher,
+        StudyScheduler(searcher),
+        slots=resources.slots,
+        name=f"search-{plan.key}",
+        storage=plan.storage,
+        callbacks=[SearchCallback(cells, searcher, recorder, progress)],
     )
-    # Without Tune's own result files, which the run folders replace, it would list every trial as having none.
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    tuner.fit()
     winners = {}
     for name, cell in cells.items():
         best = searcher.best(name)
@@ -174,11 +150,6 @@ def _say_what_banks_will_do(plan: Plan, progress: Any) -> None:
 def _num_sharing_runs(plan: Plan) -> int:
     """Trials that ask the same teacher about the same images: those of all students of an overlap."""
     return len(plan.search.students) * plan.search.trials
-
-
-def _trial_folder(trial: Any) -> str:
-    """Tune's own folder of a trial; by default its name holds the whole configuration."""
-    return str(trial.trial_id)
 
 
 def _is_of(result: dict[str, Any], cell: Any) -> bool:
