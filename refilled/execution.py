@@ -13,6 +13,7 @@ from refilled.data.task import Task, load_task, load_test_images
 from refilled.evaluation import accuracy
 from refilled.methods import needs_teacher
 from refilled.run_folder import Row, RunFolder, run_key
+from refilled.shared_stage import SharedStage, embedding_key, embeddings_of, has_embedding_stage
 from refilled.store import only_here, read_json, write_json
 from refilled.teacher import FrozenTeacher, load_model, pretrain_once
 from refilled.training import FolderCarrier, run
@@ -36,6 +37,7 @@ def execute(
     on_report: Callable[[Row], None] | None = None,
     *,
     num_sharing_runs: int = 1,
+    share_embeddings: bool = False,
 ) -> Row:
     """Train, or continue, or find finished, one run on this worker or this group of workers.
 
@@ -43,8 +45,10 @@ def execute(
         config: of the run.
         storage: folder shared by all workers.
         compute: device and precision of this worker.
-        on_report: takes every row as it comes; a finished run passes its last row once.
+        on_report: takes every row as it comes; a run that is continued, or is finished already, passes its rows again.
         num_sharing_runs: runs, this one among them, of the same teacher and images, which would share a bank.
+        share_embeddings: continue from the finished stage embedding of another run that has the same one, and leave it
+            for others where it is trained here. Rows that were taken over have `shared`: true; nothing else differs.
 
     Returns:
         The last row (see `refilled.training.run`).
@@ -56,12 +60,13 @@ def execute(
         finished = folder.result()
         if distributed.agree(finished is not None):
             row: Row = finished or folder.result() or {}
-            carrier.report(row)
+            carrier.repeat(row)
             return row
         if distributed.rank() == 0:
             folder.create(config, task)
         teacher = _teacher(config, task, storage, compute, num_sharing_runs)
-        return run(config, task, teacher, carrier, compute)
+        shared = _shared_stage(config, task, teacher, folder, storage, compute) if share_embeddings else None
+        return run(config, task, teacher, carrier, compute, shared)
 
 
 def refit(
@@ -75,7 +80,7 @@ def refit(
     """Train on all training images, then read the test set, once for this configuration and seed (invariant 1).
 
     This is the only place that reads test images, and it takes only configurations that hold nothing out, which no
-    search runs. The arguments are those of `execute`.
+    search runs. The arguments are those of `execute`, but it trains every stage itself.
 
     Returns:
         Test accuracy of the student at the end of the run.
@@ -105,3 +110,17 @@ def _teacher(
     teacher = FrozenTeacher.load(config, task, storage, compute)
     teacher.bank = bank_for(config, task, teacher, storage, compute, num_sharing_runs)
     return teacher
+
+
+def _shared_stage(
+    config: RunConfig, task: Task, teacher: FrozenTeacher | None, folder: RunFolder, storage: Path, compute: Compute
+) -> SharedStage | None:
+    if teacher is None or not has_embedding_stage(config):
+        return None
+    return SharedStage(
+        path=embeddings_of(storage) / embedding_key(config, task.spaces, task.data_digest),
+        num_epochs=config.epochs[0],
+        teacher=teacher.identity,
+        run=folder,
+        device=compute.device,
+    )

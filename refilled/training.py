@@ -30,6 +30,7 @@ from refilled.methods import Stage, classifier_loss, embedding_loss, needs_teach
 from refilled.models import Model, Output, build_model, parameters_of_embedding
 from refilled.optim import build_optimizer, learning_rate, set_learning_rate
 from refilled.run_folder import Row, RunFolder
+from refilled.shared_stage import SharedStage
 from refilled.teacher import FrozenTeacher, model_state
 
 
@@ -44,6 +45,9 @@ class Carrier(Protocol):
 
     def report(self, row: Row) -> None:
         """Take an epoch's row; may end the run by raising."""
+
+    def repeat(self, row: Row) -> None:
+        """Take the rows up to this one again, which is the row of the state that was loaded."""
 
     def finish(self, row: Row, model: dict[str, Any]) -> None:
         """Keep the finished student."""
@@ -75,6 +79,17 @@ class FolderCarrier:
         if self._on_report is not None:
             self._on_report(row)
 
+    def repeat(self, row: Row) -> None:
+        """Pass on every row up to this one, in order.
+
+        Whoever decides by rows may have died with the process that reported them, and must see each before the next.
+        """
+        if self._on_report is not None:
+            for earlier in self._folder.rows():
+                if earlier["epoch"] < row["epoch"]:
+                    self._on_report(earlier)
+        self.report(row)  # it may have been lost with the process that saved its state
+
     def finish(self, row: Row, model: dict[str, Any]) -> None:
         """Close the folder."""
         if distributed.rank() == 0:
@@ -96,7 +111,14 @@ class _Learner:
     images: Tensor  # uint8 [N, C, H, W], the whole training set on the device
 
 
-def run(config: RunConfig, task: Task, teacher: FrozenTeacher | None, carrier: Carrier, compute: Compute) -> Row:
+def run(
+    config: RunConfig,
+    task: Task,
+    teacher: FrozenTeacher | None,
+    carrier: Carrier,
+    compute: Compute,
+    shared: SharedStage | None = None,
+) -> Row:
     """Train a student through all stages of its method, from wherever the carrier's state says.
 
     Args:
@@ -105,6 +127,8 @@ def run(config: RunConfig, task: Task, teacher: FrozenTeacher | None, carrier: C
         teacher: frozen; none for methods that need none.
         carrier: keeps state and takes rows.
         compute: device and precision.
+        shared: where a run without a state of its own takes a finished stage embedding from, and where one that has
+            trained it keeps it; none: it trains every stage, for itself.
 
     Returns:
         The last row: `epoch` (1-based, over all stages), `stage`, `train_loss`, `learning_rate`, `images_per_second`,
@@ -121,7 +145,9 @@ def run(config: RunConfig, task: Task, teacher: FrozenTeacher | None, carrier: C
     if state is not None:
         row = state["row"]
         learner.student.load_state_dict(state["student"])
-        carrier.report(row)  # the row of this state may have been lost with the process that saved it
+        carrier.repeat(row)
+    elif shared is not None:
+        row = _take_over(learner, shared, carrier)
     epochs_before = 0
     for stage in stages_of(config):
         optimizer = build_optimizer(_parameters(learner.student, stage), config.optimizer)
@@ -135,7 +161,28 @@ def run(config: RunConfig, task: Task, teacher: FrozenTeacher | None, carrier: C
             )
             carrier.report(row)
         epochs_before += stage.num_epochs
+        if shared is not None and stage.name == "embedding" and row["epoch"] == epochs_before:  # not a state beyond it
+            shared.keep(learner.student)
     carrier.finish(row, model_state(config, task, learner.student))
+    return row
+
+
+def _take_over(learner: _Learner, shared: SharedStage, carrier: Carrier) -> Row:
+    """Continue from a finished stage embedding, where there is one, as if it had been trained here.
+
+    Its rows are reported with `shared`: true. No state is saved: until stage classifier has one, the stage is found
+    again.
+
+    Returns:
+        The stage's last row, empty where there is none.
+    """
+    finished = shared.load(learner.student)
+    row: Row = {}
+    if finished is not None:
+        learner.student.load_state_dict(finished.student)
+        for each in finished.rows:
+            row = each | {"shared": True}
+            carrier.report(row)
     return row
 
 

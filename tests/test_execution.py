@@ -126,3 +126,32 @@ def test_model_file_executes_nothing(tmp_path: Path, compute: Compute, monkeypat
     with pytest.raises(UserError, match="must be a whole file of tensors"):
         load_model(tmp_path / "model.pt", compute)
     assert not (tmp_path / "trapped").exists()
+
+
+def test_a_run_that_goes_on_passes_its_earlier_rows_again_in_order(
+    digits_run: RunConfig, tmp_path: Path, compute: Compute
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    run = dataclasses.replace(digits_run, method="student", epochs=(0, 4))
+    seen: list[int] = []
+
+    def take(row: dict[str, object], kill_at: int | None = None) -> None:
+        epoch = row["epoch"]
+        assert isinstance(epoch, int)
+        seen.append(epoch)
+        if epoch == kill_at:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        execute(run, tmp_path, compute, lambda row: take(row, kill_at=3))
+    metrics = run_folder(run, tmp_path).metrics_path
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))  # the third row was not written yet
+    execute(run, tmp_path, compute, take)
+    assert seen == [1, 2, 3, 1, 2, 3, 4]
+    seen.clear()
+    finished = execute(run, tmp_path, compute, take)
+    assert seen == [1, 2, 3, 4]
+    assert finished["epoch"] == 4
+    assert [row["epoch"] for row in run_folder(run, tmp_path).rows()] == [1, 2, 3, 4]
