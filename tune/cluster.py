@@ -1,4 +1,4 @@
-"""Ray: start it here or join the one this runs in, and know what fits."""
+"""Ray: start it here or join the one this runs in, and know what fits, now and at its largest."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import math
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from refilled.config import SearchConfig
 from refilled.errors import UserError
+from tune.nodes import Nodes, may_grow_to, nodes_now
 
 # Read by Ray's processes when they start. The first makes a row cost 0.2 s instead of 2 s on its way from a Train
 # worker to Tune; the second bounds the wait for workers that a shrinking cluster cannot give.
@@ -26,15 +27,28 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the rows; no CSV and TensorBoard files beside it
 }
 
+MAX_SLOTS = 512  # trials that one driver is let to look after, however large the cluster may grow
+# Allowed to each process on a GPU beside its tensors: CUDA's context, its libraries, what the allocator cannot reuse.
+PROCESS_BYTES = 2**30
+
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker takes, how many make a trial, and how many trials fit side by side."""
+    """What one worker takes, how many make a trial, and how many trials fit side by side.
+
+    Attributes:
+        num_workers: of a trial.
+        cpus_per_worker: of each of them.
+        gpus_per_worker: of each of them.
+        slots: trials side by side on the cluster at its largest.
+        slots_now: trials side by side on the nodes that are there; 0 where the cluster has yet to grow.
+    """
 
     num_workers: int
     cpus_per_worker: float
     gpus_per_worker: float
     slots: int
+    slots_now: int
 
     @property
     def num_threads(self) -> int:
@@ -96,22 +110,90 @@ def ray_cluster(*, with_dashboard: bool) -> Iterator[None]:
 
 
 def fit(search: SearchConfig) -> Resources:
-    """How many trials fit on the connected cluster at once.
+    """How many trials fit on the connected cluster side by side, now and at its largest.
+
+    A worker must find its room on one node; the workers of a trial may lie on several. They are placed together or not
+    at all, so trials that wait for room never hold a part of it.
 
     Raises:
-        UserError: where not even one fits, with the numbers.
+        UserError: where not even one ever fits, with the numbers.
     """
-    import ray
+    now = nodes_now()
+    return fit_nodes(search, now, may_grow_to() or now)
 
-    have = ray.cluster_resources()
+
+def fit_nodes(search: SearchConfig, now: Sequence[Nodes], largest: Sequence[Nodes]) -> Resources:
+    """`fit` for the nodes that are there and those that there may be.
+
+    Raises:
+        UserError: as `fit`.
+    """
     num_workers, cpus, gpus = search.workers_per_trial, search.cpus_per_worker, search.gpus_per_worker
-    slots = math.floor(have.get("CPU", 0.0) / (num_workers * cpus) + 1e-9)
-    if gpus:
-        slots = min(slots, math.floor(have.get("GPU", 0.0) / (num_workers * gpus) + 1e-9))
+    slots_now = _num_workers(now, cpus, gpus) // num_workers
+    slots = max(slots_now, _num_workers(largest, cpus, gpus) // num_workers)
     if slots == 0:
+        every = [*now, *largest]
+        if not any(each.num_workers(cpus, gpus) for each in every):
+            raise UserError(
+                f"cpus_per_worker and gpus_per_worker must fit a node: one worker needs {_say(cpus, gpus)}, "
+                f"{_largest_node(every)}."
+            )
+        totals = [_total(now), _total(largest)]
         raise UserError(
-            f"workers_per_trial, cpus_per_worker and gpus_per_worker must fit the cluster: one trial needs "
-            f"{num_workers * cpus:g} CPUs and {num_workers * gpus:g} GPUs, the cluster has {have.get('CPU', 0):g} and "
-            f"{have.get('GPU', 0):g}."
+            f"workers_per_trial must fit the cluster: one trial needs {num_workers} workers of {_say(cpus, gpus)}, the "
+            f"cluster's nodes have room for {max(_num_workers(each, cpus, gpus) for each in (now, largest))} "
+            f"({_say(*max(totals))} in all)."
         )
-    return Resources(num_workers=num_workers, cpus_per_worker=cpus, gpus_per_worker=gpus, slots=slots)
+    return Resources(
+        num_workers=num_workers,
+        cpus_per_worker=cpus,
+        gpus_per_worker=gpus,
+        slots=min(slots, MAX_SLOTS),
+        slots_now=min(slots_now, MAX_SLOTS),
+    )
+
+
+def workers_per_gpu(peak_bytes: int, total_bytes: int, gpus_per_worker: float) -> int:
+    """How many workers one GPU's memory holds.
+
+    Args:
+        peak_bytes: most that a worker's tensors were measured to take.
+        total_bytes: the GPU's memory.
+        gpus_per_worker: of the search; 0 computes on CPUs, where nothing is checked.
+
+    Returns:
+        The number that fits, 0 where not even one does.
+
+    Raises:
+        UserError: where `gpus_per_worker` puts more workers on one GPU than fit, with the numbers.
+    """
+    fitting = total_bytes // (peak_bytes + PROCESS_BYTES)
+    promised = math.floor(1 / gpus_per_worker + 1e-9) if 0 < gpus_per_worker < 1 else int(gpus_per_worker > 0)
+    if promised > fitting:
+        gib = 2**30
+        least = f"at least {math.ceil(100 / fitting) / 100:g}" if fitting else "smaller batches or networks beside it"
+        raise UserError(
+            f"gpus_per_worker must be {least}: {gpus_per_worker:g} puts {promised} workers on one GPU, each takes "
+            f"{(peak_bytes + PROCESS_BYTES) / gib:.2f} GiB ({peak_bytes / gib:.2f} measured), and it has "
+            f"{total_bytes / gib:.2f} GiB, which holds {fitting}."
+        )
+    return fitting
+
+
+def _num_workers(nodes: Sequence[Nodes], cpus: float, gpus: float) -> int:
+    return sum(each.count * each.num_workers(cpus, gpus) for each in nodes)
+
+
+def _total(nodes: Sequence[Nodes]) -> tuple[float, float]:
+    return sum(each.count * each.cpus for each in nodes), sum(each.count * each.gpus for each in nodes)
+
+
+def _largest_node(nodes: Sequence[Nodes]) -> str:
+    if not nodes:
+        return "and the cluster has no node"
+    largest = max(nodes, key=lambda each: (each.gpus, each.cpus))
+    return f"the largest node has {_say(largest.cpus, largest.gpus)}"
+
+
+def _say(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPUs and {gpus:g} GPUs"

@@ -1,15 +1,12 @@
-"""The storage of all studies: what it holds of a cell, how it is opened, and what a dead driver left in it."""
+"""The storage of all studies: how it is opened, what it holds of a cell, and how a trial in it is read."""
 
 from __future__ import annotations
 
-import hashlib
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
-from optuna.pruners import BasePruner
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -29,9 +26,15 @@ class StudyPlan:
     run: RunConfig
     """The run that trials vary; its own settings are the first trial."""
     num_trials: int
-    """The study ends with this many complete or pruned trials, those it already holds included."""
+    """The study's share of the budget: complete or pruned trials, those it already holds included."""
     num_epochs: int
     """Epochs of a complete trial, over all stages."""
+    donors: tuple[str, ...] = ()
+    """Keys of the neighbours whose winners are tried first; all of them come earlier in the list of plans."""
+    baseline: str | None = None
+    """Key of the vanilla student's study, which never gets fewer trials than this one."""
+    num_validation_images: int = 1000
+    """Images that a trial's value is a share of; says how far chance alone moves it."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     """Kept with the study; plain JSON values."""
 
@@ -57,21 +60,15 @@ def open_storage(url: str) -> RDBStorage:
         ) from error
 
 
-def open_study(plan: StudyPlan, storage: BaseStorage, *, seed: int, pruner: BasePruner) -> optuna.Study:
-    """Open or create a cell's study, clear up after a dead driver, and put the run's own settings first."""
-    study = optuna.create_study(
-        study_name=plan.name, storage=storage, direction="maximize", pruner=pruner, load_if_exists=True
-    )
+def open_study(plan: StudyPlan, storage: BaseStorage) -> optuna.Study:
+    """Open or create a cell's study, with the run's own settings as its first trial."""
+    study = optuna.create_study(study_name=plan.name, storage=storage, direction="maximize", load_if_exists=True)
     stored = study.user_attrs
     for name, value in {"cell": plan.key, **plan.attributes}.items():
         if name not in stored or stored[name] != value:
             study.set_user_attr(name, value)
-    trials = study.get_trials(deepcopy=False)
-    study.sampler = _sampler(seed + int(hashlib.sha256(plan.key.encode()).hexdigest()[:8], 16) + len(trials), plan)
-    if trials:
-        _requeue_interrupted(study, trials)
-    else:
-        study.enqueue_trial(default_point(plan.run))
+    if all(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False)):
+        study.enqueue_trial(default_point(plan.run), user_attrs={"origin": "default"}, skip_if_exists=True)
     return study
 
 
@@ -81,44 +78,14 @@ def overrides_of(trial: FrozenTrial) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
 
 
-def carry_over_values(study: optuna.Study, trial: optuna.Trial) -> dict[int, float]:
-    """Tell a trial that goes on with an interrupted one's run what that one told already.
-
-    The run continues from its folder and only repeats its last row, so nobody else would say the values before it.
-    """
-    number = trial.user_attrs.get("resumes")
-    if number is None:
-        return {}
-    values = study.get_trials(deepcopy=False)[number].intermediate_values
-    for epoch, value in values.items():
-        trial.report(value, epoch)
-    return dict(values)
+def epochs_trained(trial: FrozenTrial) -> int:
+    """Epochs that a trial trained: those it told, without those it took from another trial's embedding stage."""
+    return len(trial.intermediate_values) - epochs_shared(trial)
 
 
-def _sampler(seed: int, plan: StudyPlan) -> optuna.samplers.BaseSampler:
-    """TPE. A small budget gets a smaller random start; `group` models conditional settings jointly with the rest."""
-    with warnings.catch_warnings():
-        # `group` is marked experimental since 2021; without it conditional settings are drawn independently.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            seed=seed % 2**32, multivariate=True, group=True, n_startup_trials=min(10, max(4, plan.num_trials // 4))
-        )
-
-
-def _requeue_interrupted(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
-    """Fail the trials that a dead driver left RUNNING; their points are tried next.
-
-    The point is queued before the trial is failed and names it, so that a driver that dies in between loses nothing
-    and the next one queues nothing twice.
-    """
-    queued = {trial.user_attrs.get("resumes") for trial in trials}
-    for trial in trials:
-        if trial.state != TrialState.RUNNING:
-            continue
-        params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        if params and trial.number not in queued:
-            study.enqueue_trial(params, user_attrs={"resumes": trial.number})
-        study.tell(trial.number, state=TrialState.FAIL)
+def epochs_shared(trial: FrozenTrial) -> int:
+    """Epochs of another trial's embedding stage that a trial went on from."""
+    return int(trial.user_attrs.get("epochs_shared", 0))
 
 
 def _without_password(url: str) -> str:

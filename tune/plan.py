@@ -20,11 +20,24 @@ from refilled.methods import num_epochs_of
 from refilled.models import validate_model_name
 from refilled.run_folder import run_key
 from refilled.store import require_writable
+from tune.ledger import StudyPlan
 from tune.space import as_data
-from tune.studies import StudyPlan
+from tune.transfer import donors
 
 Role = Literal["method", "baseline"]
 NO_TEACHER = "none"
+# What the trials of a deterministic search depend on, beside its cells.
+_SHAPING = (
+    "trials",
+    "max_epochs_total",
+    "adaptive_share",
+    "sampler",
+    "pruner",
+    "transfer",
+    "share_embeddings",
+    "deterministic",
+    "generation",
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class Cell:
     run: RunConfig
     spaces: LabelSpaces
     data_digest: str
+    num_validation_images: int
 
     @property
     def name(self) -> str:
@@ -61,22 +75,10 @@ class Cell:
             "data_digest": self.data_digest,
         }
 
-    def study_plan(self, num_trials: int, experiment: str) -> StudyPlan:
-        """The cell's study. Its name hashes what defines the cell, what is searched, and the experiment that asks."""
-        key = run_key(self.run, self.spaces, self.data_digest)
-        return StudyPlan(
-            key=self.name,
-            name=f"{experiment}-{content_hash([experiment, key, as_data(self.run)])}",
-            run=self.run,
-            num_trials=num_trials,
-            num_epochs=num_epochs_of(self.run),
-            attributes={
-                **self.tags,
-                "teacher_classes": list(self.spaces.teacher),
-                "student_classes": list(self.spaces.student),
-                "config": self.run.to_dict(),
-            },
-        )
+    @cached_property
+    def identity(self) -> str:
+        """Hash of what defines the cell's studies: the run, its classes and data, and what is searched."""
+        return content_hash([run_key(self.run, self.spaces, self.data_digest), as_data(self.run)])
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,47 @@ class Plan:
 
     def baseline_of(self, cell: Cell) -> Cell:
         """The vanilla student beside a cell; a search of vanilla students is its own baseline."""
+        if cell.role == "baseline":
+            return cell
         same = [each for each in self.baselines if (each.overlap, each.student) == (cell.overlap, cell.student)]
         return same[0] if same else cell
 
     @cached_property
     def key(self) -> str:
-        """Names the search: equal for equal cells in one experiment, whatever the trials, seeds and workers."""
-        studies = sorted(each.study_plan(1, self.search.experiment).name for each in self.all_cells)
-        return content_hash([self.search.experiment, studies])
+        """Names the search: equal for equal studies in one experiment, whatever the refits and workers."""
+        return content_hash([self.search.experiment, sorted(study.name for study in self.studies.values())])
+
+    @cached_property
+    def studies(self) -> dict[str, StudyPlan]:
+        """The study of every cell, by the cell's name.
+
+        A study's name hashes what defines the cell and the experiment that asks, so a larger grid or more trials go on
+        with it. A deterministic study depends on all that shapes the search, and is named by that too.
+        """
+        search = self.search
+        shape: list[object] = [search.experiment]
+        if search.deterministic:
+            shape += [[name, getattr(search, name)] for name in _SHAPING] + [[each.identity for each in self.all_cells]]
+        studies = {}
+        for index, cell in enumerate(self.all_cells):
+            baseline = self.baseline_of(cell)
+            studies[cell.name] = StudyPlan(
+                key=cell.name,
+                name=f"{search.experiment}-{content_hash([*shape, cell.identity])}",
+                run=cell.run,
+                num_trials=search.trials,
+                num_epochs=num_epochs_of(cell.run),
+                donors=donors(cell, self.all_cells[:index]),
+                baseline=None if baseline is cell else baseline.name,
+                num_validation_images=cell.num_validation_images,
+                attributes={
+                    **cell.tags,
+                    "teacher_classes": list(cell.spaces.teacher),
+                    "student_classes": list(cell.spaces.student),
+                    "config": cell.run.to_dict(),
+                },
+            )
+        return studies
 
 
 def make_plan(search: SearchConfig) -> Plan:
@@ -130,6 +165,12 @@ def make_plan(search: SearchConfig) -> Plan:
                         cell, role="baseline", teacher=NO_TEACHER, run=baseline
                     )
     plan = Plan(search=search, storage=storage, cells=tuple(cells), baselines=tuple(baselines.values()))
+    least = sum(num_epochs_of(each.run) for each in plan.all_cells)
+    if search.max_epochs_total is not None and search.max_epochs_total < least:
+        raise UserError(
+            f"max_epochs_total must hold one whole trial of each of the {len(plan.all_cells)} studies, {least} epochs, "
+            f"got {search.max_epochs_total}."
+        )
     for overlap in search.overlaps:
         first = next(cell for cell in plan.cells if cell.overlap == overlap)
         verify_test_images(first.run, cache_of(storage), first.spaces.student)
@@ -149,6 +190,7 @@ def _cell(template: RunConfig, role: Role, overlap: float, teacher: str, student
         run=run,
         spaces=task.spaces,
         data_digest=task.data_digest,
+        num_validation_images=0 if task.validation is None else len(task.validation.labels),
     )
 
 

@@ -35,14 +35,17 @@ class CellProgress:
 class Progress:
     """A live table on a terminal; a line every ten seconds elsewhere, as in a job's log."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, began_s: float | None = None) -> None:
+        """`began_s`, of `time.monotonic`, is when the command began; none: now."""
         self._console = console
         self._cells: dict[str, CellProgress] = {}
         self._phase = "starting"
         self._jobs: tuple[int, int] | None = None
         self._epochs_done = 0
         self._epochs_at_start = 0.0
-        self._started_s = self._phase_started_s = self._last_line_s = time.monotonic()
+        self._last_line_s = time.monotonic()
+        self._started_s = self._phase_started_s = self._last_line_s if began_s is None else began_s
+        self._seconds: dict[str, float] = {}
         self._live = Live(get_renderable=self.table, console=console, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> Progress:
@@ -58,7 +61,8 @@ class Progress:
 
     def start_jobs(self, phase: str, count: int) -> None:
         """Begin a phase of `count` jobs."""
-        self._phase, self._jobs, self._phase_started_s = phase, (0, count), time.monotonic()
+        self._begin(phase)
+        self._jobs = (0, count)
         self._say(force=True)
 
     def job_ended(self) -> None:
@@ -70,13 +74,15 @@ class Progress:
     def start_trials(self, cells: Iterable[tuple[str, CellProgress]]) -> None:
         """Begin the search with each cell as its study has it."""
         self._cells = dict(cells)
-        self._phase, self._jobs, self._phase_started_s = "searching", None, time.monotonic()
+        self._begin("searching")
+        self._jobs = None
         self._epochs_done = 0
         self._say(force=True)
 
-    def trial_started(self, cell: str) -> None:
-        """A trial of the cell runs."""
+    def trial_started(self, cell: str, num_trials: int) -> None:
+        """A trial of the cell runs, which is given `num_trials` by now."""
         self._cells[cell].running += 1
+        self._cells[cell].num_trials = num_trials
 
     def epoch_ended(self, cell: str) -> None:
         """A trial of the cell reported a row."""
@@ -90,6 +96,16 @@ class Progress:
         setattr(each, outcome, getattr(each, outcome) + 1)
         each.best = best
         self._say()
+
+    def phase_seconds(self) -> dict[str, float]:
+        """How long every phase has taken, the present one until now; the first is `starting`."""
+        now_s = time.monotonic()
+        present = {self._phase: self._seconds.get(self._phase, 0.0) + now_s - self._phase_started_s}
+        return self._seconds | present
+
+    def _begin(self, phase: str) -> None:
+        self._seconds = self.phase_seconds()
+        self._phase, self._phase_started_s = phase, time.monotonic()
 
     def note(self, text: str) -> None:
         """Something to read once."""

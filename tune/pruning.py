@@ -1,16 +1,68 @@
-"""Asynchronous successive halving within one study, judged by epoch."""
+"""Who stops trials early, within one study, judged by epoch.
+
+A pruner compares a trial's value at an epoch with what other trials of the study had at the same epoch, and with
+nothing else. So it does not matter that a value is nearest-class-mean accuracy in stage embedding and accuracy in stage
+classifier: the stages of a study's trials lie at the same epochs. Optuna's own pruners would not do:
+
+- MedianPruner and its kin compare a trial's best value so far, over both stages, and only with complete trials.
+- SuccessiveHalvingPruner and HyperbandPruner prune the first trials of a study (the second one goes if it is worse than
+  the first, and `bootstrap_count` prunes every trial before the count is reached), remember values of failed trials,
+  and so let a trial that is run again after a crash compete with itself.
+
+These read nothing but intermediate values of trials that did not fail, so asking again gives the same kind of answer.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 
 import optuna
+from optuna.pruners import BasePruner, NopPruner
 from optuna.trial import FrozenTrial, TrialState
+
+from refilled.config.search import Pruner
 
 # The share kept is 1 / REDUCTION at every rung, and rungs grow by the same factor (Li et al., 2020, use 3 or 4).
 REDUCTION = 3
 # A cell prunes nothing before this many of its trials have reached a rung: best of two says little.
 MIN_TRIALS = 4
+# The first rung is at one of this many equal parts of a run.
+PARTS = 8
+
+Visible = Callable[[FrozenTrial, FrozenTrial], bool]
+"""Whether the first trial may be looked at when the second is judged."""
+
+
+def make_pruner(
+    kind: Pruner,
+    num_epochs: int,
+    *,
+    rungs: Sequence[int] | None = None,
+    reduction: int = REDUCTION,
+    min_trials: int = MIN_TRIALS,
+    visible: Visible | None = None,
+) -> BasePruner:
+    """The pruner of a study.
+
+    Args:
+        kind: halving: `HalvingPruner`. hyperband: `HyperbandPruner`. median: `MedianPruner`. none: nobody is stopped.
+        num_epochs: epochs of a whole run.
+        rungs: epochs at which trials are judged; none: those of `halving_rungs` or `median_rungs`.
+        reduction: of halving and hyperband, and how far their rungs lie apart; see `HalvingPruner`.
+        min_trials: nobody is stopped at a rung that fewer trials have reached, the judged one included.
+        visible: see `RungPruner`.
+    """
+    if kind == "none":
+        return NopPruner()
+    if kind == "median":
+        rungs = median_rungs(num_epochs) if rungs is None else rungs
+        return MedianPruner(tuple(rungs), min_trials=min_trials, visible=visible)
+    pruner = HalvingPruner if kind == "halving" else HyperbandPruner
+    rungs = halving_rungs(num_epochs, reduction) if rungs is None else rungs
+    return pruner(tuple(rungs), reduction=reduction, min_trials=min_trials, visible=visible)
 
 
 def halving_rungs(num_epochs: int, reduction: int = REDUCTION) -> tuple[int, ...]:
@@ -20,41 +72,120 @@ def halving_rungs(num_epochs: int, reduction: int = REDUCTION) -> tuple[int, ...
     """
     if num_epochs <= 4:
         return ((num_epochs + 1) // 2,) if num_epochs > 1 else ()
-    rungs = [math.ceil(num_epochs / 8)]
+    rungs = [math.ceil(num_epochs / PARTS)]
     while rungs[-1] * reduction < num_epochs:
         rungs.append(rungs[-1] * reduction)
     return tuple(rungs)
 
 
-class HalvingPruner(optuna.pruners.BasePruner):
-    """Keep a trial that is, at a rung, among the best 1 / reduction of the trials that were there.
+def median_rungs(num_epochs: int) -> tuple[int, ...]:
+    """Every eighth of a run from the first rung of `halving_rungs` on.
 
-    Optuna's SuccessiveHalvingPruner prunes the first trials of a study (the second trial goes if it is worse than the
-    first, and its `bootstrap_count` prunes every trial before the count is reached), remembers values of failed
-    trials, and so lets a trial that is run again after a crash compete with itself. This one reads nothing but the
-    intermediate values of the trials that did not fail, so asking again gives the same kind of answer.
+    Judged at every epoch, a trial would go for its first bad one.
+    """
+    rungs = halving_rungs(num_epochs)
+    return tuple(range(rungs[0], num_epochs, rungs[0])) if rungs else ()
+
+
+class RungPruner(BasePruner):
+    """Judges a trial at a few epochs by the values that its rivals had there.
 
     Args:
         rungs: epochs (the steps of the intermediate values) at which trials are judged.
-        reduction: one of this many trials goes on; of n trials ceil(n / reduction) do, and whoever equals the last.
-        min_trials: nobody is pruned at a rung that fewer trials have reached.
+        min_trials: nobody is stopped at a rung that fewer trials have reached, the judged one included.
+        visible: whether another trial may be looked at when a trial is judged (other, trial); none: all may. A search
+            whose decisions must not depend on who ended first looks only at trials that ended before this one began.
     """
 
-    def __init__(self, rungs: tuple[int, ...], *, reduction: int = REDUCTION, min_trials: int = MIN_TRIALS) -> None:
-        self.rungs, self.reduction, self.min_trials = rungs, reduction, min_trials
+    def __init__(self, rungs: tuple[int, ...], *, min_trials: int = MIN_TRIALS, visible: Visible | None = None) -> None:
+        self.rungs, self.min_trials, self._visible = rungs, min_trials, visible
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Whether the trial, whose newest intermediate value has just been reported, should stop."""
-        rung = trial.last_step
-        if rung is None or rung not in self.rungs:
+        epoch = trial.last_step
+        if epoch is None or epoch not in self.rungs_of(trial):
             return False
-        value = trial.intermediate_values[rung]
-        others = [
-            other.intermediate_values[rung]
+        rivals = [
+            other.intermediate_values[epoch]
             for other in study.get_trials(deepcopy=False)
-            if other.state != TrialState.FAIL and other.number != trial.number and rung in other.intermediate_values
+            if other.state != TrialState.FAIL
+            and other.number != trial.number
+            and epoch in other.intermediate_values
+            and self.are_rivals(other, trial)
+            and (self._visible is None or self._visible(other, trial))
         ]
-        if len(others) + 1 < self.min_trials:
-            return False
-        num_kept = math.ceil((len(others) + 1) / self.reduction)
-        return sum(other > value for other in others) >= num_kept
+        return len(rivals) + 1 >= self.min_trials and self.is_beaten(trial.intermediate_values[epoch], rivals)
+
+    def rungs_of(self, trial: FrozenTrial) -> tuple[int, ...]:
+        """The epochs at which this trial is judged."""
+        return self.rungs
+
+    def are_rivals(self, other: FrozenTrial, trial: FrozenTrial) -> bool:
+        """Whether two trials are compared."""
+        return True
+
+    @abstractmethod
+    def is_beaten(self, value: float, rivals: Sequence[float]) -> bool:
+        """Whether a value is too low beside those of its rivals."""
+
+
+class HalvingPruner(RungPruner):
+    """Asynchronous successive halving: keep a trial that is, at a rung, among the best 1 / reduction of those there.
+
+    Args:
+        rungs: as in `RungPruner`, like `min_trials` and `visible`.
+        reduction: one of this many trials goes on; of n trials ceil(n / reduction) do, and whoever equals the last.
+    """
+
+    def __init__(
+        self,
+        rungs: tuple[int, ...],
+        *,
+        reduction: int = REDUCTION,
+        min_trials: int = MIN_TRIALS,
+        visible: Visible | None = None,
+    ) -> None:
+        super().__init__(rungs, min_trials=min_trials, visible=visible)
+        self.reduction = reduction
+
+    def is_beaten(self, value: float, rivals: Sequence[float]) -> bool:
+        """Whether as many rivals are better as may go on."""
+        return sum(rival > value for rival in rivals) >= math.ceil((len(rivals) + 1) / self.reduction)
+
+
+class HyperbandPruner(HalvingPruner):
+    """Halving in several brackets that begin at different rungs (Li et al., 2018), in case early values mislead.
+
+    Bracket 0 is judged at all rungs, the next one not at the first, and so on; the last one is never judged. A trial
+    competes within its bracket alone, and which one that is follows from its number. A bracket with s rungs gets
+    reduction^s / (s + 1) parts of the trials, so that all brackets train about as many epochs. With two rungs that is
+    6, 3 and 2 of 11: a study of few trials stops few of them.
+    """
+
+    def rungs_of(self, trial: FrozenTrial) -> tuple[int, ...]:
+        """The rungs of the trial's bracket."""
+        return self.rungs[self.bracket_of(trial) :]
+
+    def are_rivals(self, other: FrozenTrial, trial: FrozenTrial) -> bool:
+        """Whether the trials are of one bracket."""
+        return self.bracket_of(other) == self.bracket_of(trial)
+
+    def bracket_of(self, trial: FrozenTrial) -> int:
+        """The trial's bracket; multiples of the golden ratio spread every bracket's share evenly over the numbers."""
+        shares = [self.reduction**size / (size + 1) for size in range(len(self.rungs), -1, -1)]
+        position = (trial.number + 0.5) * (math.sqrt(5) - 1) / 2 % 1 * sum(shares)
+        bracket = 0
+        while bracket + 1 < len(shares) and position >= sum(shares[: bracket + 1]):
+            bracket += 1
+        return bracket
+
+
+class MedianPruner(RungPruner):
+    """Stop a trial whose value at a rung is below the median of the others that were there (Golovin et al., 2017).
+
+    Trials that stopped earlier have no value at later rungs, so the longer a study, the better one must be to go on.
+    """
+
+    def is_beaten(self, value: float, rivals: Sequence[float]) -> bool:
+        """Whether the value is below the median."""
+        return value < statistics.median(rivals)

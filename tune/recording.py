@@ -48,9 +48,9 @@ class Recorder:
         """The run folder of a cell's run."""
         return RunFolder(self._plan.storage / "runs" / run_key(run, cell.spaces, cell.data_digest))
 
-    def open_trial(self, cell: Cell, run: RunConfig, number: int) -> None:
-        """Mirror a trial that starts, or that an earlier driver ran."""
-        tags = cell.tags | self._common | {"kind": "trial", "trial": str(number), "winner": "false"}
+    def open_trial(self, cell: Cell, run: RunConfig, number: int, origin: str) -> None:
+        """Mirror a trial that starts, or that an earlier driver ran; `origin` says where its settings come from."""
+        tags = cell.tags | self._common | {"kind": "trial", "trial": str(number), "origin": origin, "winner": "false"}
         self._open(cell, run, f"{cell.name} trial {number}", tags)
 
     def close_trial(
@@ -122,8 +122,8 @@ class SearchCallback(Callback):  # type: ignore[misc]  # Ray has no types
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial begins, or begins again."""
         cell, run = self._cell_and_run(trial)
-        self._recorder.open_trial(cell, run, trial.config["number"])
-        self._progress.trial_started(cell.name)
+        self._recorder.open_trial(cell, run, trial.config["number"], trial.config["origin"])
+        self._progress.trial_started(cell.name, self._searcher.allowed(cell.name))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -160,7 +160,7 @@ def record_earlier_trials(plan: Plan, trials: Mapping[str, list[FrozenTrial]], r
                 continue
             run = cell.run.with_overrides(overrides_of(trial))
             rows = recorder.folder(cell, run).rows()
-            recorder.open_trial(cell, run, trial.number)
+            recorder.open_trial(cell, run, trial.number, trial.user_attrs.get("origin", "sampled"))
             recorder.close_trial(cell, run, outcomes[trial.state], rows[-1] if rows else {})
 
 
@@ -169,10 +169,9 @@ def cell_progress(plan: Plan, searcher: StudySearcher) -> list[tuple[str, CellPr
     shown = []
     for cell in plan.all_cells:
         counts, best = searcher.counts(cell.name), searcher.best(cell.name)
-        study = cell.study_plan(plan.search.trials, plan.search.experiment)
         each = CellProgress(
-            num_trials=study.num_trials,
-            num_epochs=study.num_epochs,
+            num_trials=searcher.allowed(cell.name),
+            num_epochs=plan.studies[cell.name].num_epochs,
             complete=counts.complete,
             pruned=counts.pruned,
             failed=counts.failed,

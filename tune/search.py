@@ -12,22 +12,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from refilled.config import SearchConfig
-from refilled.errors import UserError
 from refilled.presets import preset
 from refilled.store import write_json
 from tune.cli import run_command
-from tune.cluster import fit, ray_cluster, ray_environment
+from tune.cluster import Resources, fit, ray_cluster, ray_environment
 
 if TYPE_CHECKING:
+    from tune.forecast import Actual, Forecast, PhaseName
     from tune.plan import Plan
+    from tune.progress import Progress
+    from tune.sweep import SweepResult
 
 HELP = "Search REFILLED's settings for every cell of overlap x teacher x student, refit the winners, test them once."
 
@@ -41,127 +43,132 @@ def main(search: SearchConfig) -> int:
 def _main(search: SearchConfig) -> int:
     import optuna
 
-    from tune.plan import make_plan  # these import Ray, which reads its environment then
-    from tune.studies import open_storage
+    from tune.continuing import may_continue, only_driver
+    from tune.ledger import open_storage
+    from tune.plan import make_plan
     from tune.tracking import Tracker, resolve_tracking_uri
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the progress view says what there is to say
+    began_s = time.monotonic()
     plan = make_plan(search)
     # What the user named is tried before anything of our own is created.
-    study_storage = open_storage(search.study_storage) if search.study_storage else None
+    named = open_storage(search.study_storage) if search.study_storage else None
+    if search.dry_run:
+        return _dry_run(plan, named, began_s)
     tracking_uri = resolve_tracking_uri(search.tracking_uri, plan.storage)
     artifacts = plan.storage / "artifacts"
-    with _only_driver(plan), Tracker(tracking_uri, search.experiment, artifact_root=artifacts) as tracker:
-        study_storage = study_storage or open_storage(f"sqlite:///{plan.storage / 'studies.db'}")
-        return _run(plan, study_storage, tracker, tracking_uri)
+    with only_driver(plan), Tracker(tracking_uri, search.experiment, artifact_root=artifacts) as tracker:
+        study_storage = named or open_storage(_own_storage(plan))
+        if not may_continue(plan, study_storage):
+            return 1
+        return _run(plan, study_storage, tracker, tracking_uri, began_s)
 
 
-@contextlib.contextmanager
-def _only_driver(plan: Plan) -> Iterator[None]:
-    """A second process with the same search would take the first one's running trials for a dead driver's."""
-    lock = FileLock(plan.storage / "searches" / f"{plan.key}.lock")
-    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(
-            f"This search is already running on {plan.storage}; wait for it, or choose another experiment."
-        ) from error
-    with lock:
-        yield
-
-
-def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str) -> int:
+def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_s: float) -> int:
+    from tune.forecast import compare
     from tune.progress import Progress
     from tune.recording import Recorder
     from tune.refits import pretrain, refit_winners
     from tune.summary import table
+    from tune.sweep import describe, run_search
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    search = plan.search
+    deadline_s = None if search.max_hours is None else began_s + 3600 * search.max_hours
+    console = _console()
     recorder = Recorder(tracker, plan)
-    with ray_cluster(with_dashboard=plan.search.workers_per_trial > 1 or plan.search.trial_backend == "torch_trainer"):
-        resources = fit(plan.search)
+    with _cluster(search):
+        resources = fit(search)
         recorder.start_search()
-        with Progress(console) as progress:
+        forecast = _forecast(plan, resources, study_storage, began_s) if search.forecast else None
+        if forecast is not None:
+            console.print(forecast.table())
+        with Progress(console, began_s) as progress:
             pretrain(plan, [cell.run for cell in plan.all_cells], "pre-training teachers", progress, resources)
-            winners = _search(plan, study_storage, recorder, progress, resources)
-            results = [each.to_json() for each in refit_winners(plan, winners, recorder, progress, resources)]
+            sweep = run_search(plan, study_storage, recorder, progress, resources, deadline_s=deadline_s)
+            results = [each.to_json() for each in refit_winners(plan, sweep.winners, recorder, progress, resources)]
     path = plan.storage / "summary.json"
     write_json(path, results)
-    console.print(table(results, plan.search.seeds))
+    console.print(table(results, search.seeds))
+    for line in describe(sweep):
+        console.print(line, highlight=False)
+    actual = _actual(sweep, progress)
+    record = {"trials": sweep.to_json(), "actual": dataclasses.asdict(actual)}
+    if forecast is not None:
+        comparison = compare(forecast, actual)
+        console.print(comparison.table())
+        record["forecast"] = comparison.to_json()
     missing = [cell.name for cell in plan.cells if not any(_is_of(each, cell) for each in results)]
     for name in missing:
         print(f"search: cell {name} has no result; its trials or refits failed.", file=sys.stderr)
-    tracker.finish_search(status="FAILED" if missing else "FINISHED", artifacts=_artifacts(plan, path))
-    print(f"Summary: {path}\nMLflow: experiment {plan.search.experiment!r} at {tracking_uri}")
+    tracker.finish_search(status="FAILED" if missing else "FINISHED", artifacts=_artifacts(plan, path, record))
+    print(f"Summary: {path}\nMLflow: experiment {search.experiment!r} at {tracking_uri}")
     return 1 if missing else 0
 
 
-def _search(plan: Plan, study_storage: Any, recorder: Any, progress: Any, resources: Any) -> dict[str, Any]:
-    """All trials of all cells in one Tune run; the winners by cell name."""
-    from tune.recording import SearchCallback, cell_progress, record_earlier_trials
-    from tune.refits import Winner
-    from tune.studies import StudyScheduler, StudySearcher
-    from tune.tuner import run_trials, trial_function
+def _dry_run(plan: Plan, study_storage: Any, began_s: float) -> int:
+    """Print the forecast of what is left; nothing but timings is kept."""
+    from tune.ledger import open_storage
 
-    cells = {cell.name: cell for cell in plan.all_cells}
-    studies = [cell.study_plan(plan.search.trials, plan.search.experiment) for cell in plan.all_cells]
-    searcher = StudySearcher(studies, study_storage, seed=plan.search.run.seed)
-    record_earlier_trials(plan, {name: searcher.trials(name) for name in cells}, recorder)
-    _say_what_banks_will_do(plan, progress)
-    progress.start_trials(cell_progress(plan, searcher))
-    run_trials(
-        trial_function(
-            resources, plan.storage, num_sharing_runs=_num_sharing_runs(plan), backend=plan.search.trial_backend
-        ),
-        searcher,
-        StudyScheduler(searcher),
-        slots=resources.slots,
-        name=f"search-{plan.key}",
-        storage=plan.storage,
-        callbacks=[SearchCallback(cells, searcher, recorder, progress)],
-    )
-    winners = {}
-    for name, cell in cells.items():
-        best = searcher.best(name)
-        if best is not None:
-            winners[name] = Winner(cell, best, dataclasses.asdict(searcher.counts(name)))
-    return winners
+    own = plan.storage / "studies.db"
+    if study_storage is None and own.exists():
+        study_storage = open_storage(_own_storage(plan))
+    with _cluster(plan.search):
+        _console().print(_forecast(plan, fit(plan.search), study_storage, began_s).table())
+    return 0
 
 
-def _say_what_banks_will_do(plan: Plan, progress: Any) -> None:
-    """The two costs by which every trial decides, which otherwise only the workers' logs hold."""
-    from refilled.bank import bank_pays, epochs_with_teacher
-    from refilled.data.views import Views
+def _forecast(plan: Plan, resources: Resources, study_storage: Any, began_s: float) -> Forecast:
+    from tune.cell_study import DONE
+    from tune.continuing import earlier_trials
+    from tune.forecast import forecast
+    from tune.measure import measure_all
 
-    run = plan.cells[0].run
-    epochs = epochs_with_teacher(run)
-    if not epochs:
-        return
-    num_views, sharing = len(Views(run.views).view_ids), _num_sharing_runs(plan)
-    built = {"bank": True, "live": False, "auto": bank_pays(run, num_views, sharing)}[run.bank.mode]
-    progress.note(
-        f"Teacher's passes over the data, for each overlap: {num_views} to fill a bank of all views, "
-        f"{sharing * epochs} for {sharing} trials of {epochs} epochs without: "
-        f"{'banks are used' if built else 'the teacher runs in every step, unless a bank is there already'}."
-    )
+    timings = measure_all(plan, resources)
+    trials = {} if study_storage is None else earlier_trials(plan, study_storage)
+    done = {cell: sum(trial.state in DONE for trial in each) for cell, each in trials.items()}
+    elapsed_s = None if plan.search.dry_run else time.monotonic() - began_s
+    return forecast(plan, resources, timings, done_trials=done, elapsed_s=elapsed_s)
 
 
-def _num_sharing_runs(plan: Plan) -> int:
-    """Trials that ask the same teacher about the same images: those of all students of an overlap."""
-    return len(plan.search.students) * plan.search.trials
+def _actual(sweep: SweepResult, progress: Progress) -> Actual:
+    """What the phases took; epochs are counted of trials."""
+    from tune.forecast import Actual
+
+    names: dict[str, PhaseName] = {
+        "starting": "start",
+        "pre-training teachers": "teachers",
+        "searching": "trials",
+        "pre-training teachers on all images": "teachers on all images",
+        "refitting winners": "refits",
+    }
+    hours = {names[phase]: seconds / 3600 for phase, seconds in progress.phase_seconds().items()}
+    return Actual(epochs={"trials": sweep.epochs}, hours=hours)
+
+
+def _cluster(search: SearchConfig) -> contextlib.AbstractContextManager[None]:
+    """Ray; stopped TorchTrainer trials leak their workers where there is no dashboard."""
+    return ray_cluster(with_dashboard=search.workers_per_trial > 1 or search.trial_backend == "torch_trainer")
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _own_storage(plan: Plan) -> str:
+    return f"sqlite:///{plan.storage / 'studies.db'}"
 
 
 def _is_of(result: dict[str, Any], cell: Any) -> bool:
     return (result["overlap"], result["teacher"], result["student"]) == (cell.overlap, cell.teacher, cell.student)
 
 
-def _artifacts(plan: Plan, summary: Path) -> Path:
-    """A folder for the parent run: the summary and the whole configuration."""
+def _artifacts(plan: Plan, summary: Path, record: dict[str, Any]) -> Path:
+    """A folder for the parent run: the summary, the whole configuration, and what the search did and took."""
     folder = plan.storage / "searches" / plan.key
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_bytes(summary.read_bytes())
     write_json(folder / "config.json", plan.search.to_dict())
+    write_json(folder / "search.json", record)
     return folder
 
 

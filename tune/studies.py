@@ -7,45 +7,46 @@ The Optuna storage is the truth about trials. What is told to it:
 - PRUNED, when the study's own pruner stopped the trial;
 - FAIL for everything else: an error, a value that is not finite, no row, an end before the last epoch.
 
-A driver that starts again finds RUNNING trials of the one before: they become FAIL, their points are tried again.
+A driver that starts again finds RUNNING trials of the one before and takes them over: their runs continue from their
+folders and repeat their rows, of which each is told once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
-from optuna.pruners import BasePruner
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tune.ledger import StudyPlan, carry_over_values, open_storage, open_study, overrides_of
-from tune.pruning import HalvingPruner, halving_rungs
-from tune.space import sample
+from tune.allocation import Allocation, Budget
+from tune.cell_study import CellStudy, Rules
+from tune.ledger import StudyPlan, epochs_shared, epochs_trained, open_storage, overrides_of
 
-__all__ = ["Counts", "StudyPlan", "StudyScheduler", "StudySearcher", "halving_pruner", "open_storage", "overrides_of"]
+__all__ = ["Budget", "Counts", "Rules", "StudyPlan", "StudyScheduler", "StudySearcher", "open_storage", "overrides_of"]
 
 Row = Mapping[str, Any]
-DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How a study's trials ended, over all drivers it had."""
+    """How a study's trials ended, over all drivers it had, and the epochs they trained and took from others."""
 
     complete: int
     pruned: int
     failed: int
     running: int
+    epochs: int
+    epochs_shared: int
 
     @property
     def done(self) -> int:
-        """Trials that count towards `num_trials`."""
+        """Trials that count towards the budget."""
         return self.complete + self.pruned
 
 
@@ -53,100 +54,73 @@ class Counts:
 class _Live:
     """A trial that Tune runs, and what is known of it so far."""
 
-    cell: _Cell
+    cell: CellStudy
     trial: optuna.Trial
-    told: dict[int, float]  # epoch -> value; with the epochs of the interrupted trial that it goes on with
+    told: dict[int, float]  # epoch -> value; with the epochs that it told under an earlier driver
     decisions: dict[int, bool] = field(default_factory=dict)  # epoch -> whether to stop there
+    shared: set[int] = field(default_factory=set)  # epochs of another trial's embedding stage
     is_finite: bool = True
     last_row: Row | None = None
 
 
-@dataclass
-class _Cell:
-    """A study and how far this driver is with it."""
-
-    plan: StudyPlan
-    study: optuna.Study
-    done: int = field(init=False)
-    running: int = 0
-    failed: int = 0  # since this driver opened the study
-
-    def __post_init__(self) -> None:
-        self.done = sum(trial.state in DONE for trial in self.study.get_trials(deepcopy=False))
-
-    @property
-    def remaining(self) -> int:
-        return 0 if self.gave_up else max(0, self.plan.num_trials - self.done - self.running)
-
-    @property
-    def gave_up(self) -> bool:
-        return self.failed > max(2, self.plan.num_trials // 2)
-
-    @property
-    def is_closed(self) -> bool:
-        """No trial will be needed any more, however the running ones end."""
-        return self.gave_up or self.done >= self.plan.num_trials
-
-    @property
-    def progress(self) -> float:
-        return (self.done + self.running) / self.plan.num_trials
-
-
-def halving_pruner(plan: StudyPlan) -> BasePruner:
-    """Asynchronous halving within the cell, by epoch."""
-    return HalvingPruner(halving_rungs(plan.num_epochs))
-
-
 class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
-    """Serves all cells of a search in one Tune run, the one that is furthest behind first.
+    """Serves all cells of a search in one Tune run.
 
     Only one live driver a study: trials that another driver runs would be taken for a dead driver's.
 
     Args:
-        plans: the cells.
+        plans: the cells, donors before those that they give to.
         storage: from `open_storage`, or any Optuna storage.
-        seed: of the samplers; with it goes the cell's name and how many trials the study already holds, so that a
-            continued study does not draw the same points again.
-        make_pruner: makes a cell's pruner.
+        rules: how trials are drawn and judged.
+        budget: beside the plans' trials.
     """
 
     def __init__(
         self,
         plans: Sequence[StudyPlan],
         storage: BaseStorage,
-        *,
-        seed: int,
-        make_pruner: Callable[[StudyPlan], BasePruner] = halving_pruner,
+        rules: Rules = Rules(),  # noqa: B008  # frozen
+        budget: Budget = Budget(),  # noqa: B008  # frozen
     ) -> None:
         super().__init__()
         for what, names in (("key", [plan.key for plan in plans]), ("name", [plan.name for plan in plans])):
             if len(set(names)) < len(names):
                 raise ValueError(f"every study plan needs its own {what}, got {names}")
-        self._cells = {
-            plan.key: _Cell(plan, open_study(plan, storage, seed=seed, pruner=make_pruner(plan))) for plan in plans
-        }
+        self._cells = {plan.key: CellStudy(plan, storage, rules) for plan in plans}
+        self._allocation = Allocation(
+            list(self._cells.values()), budget, deterministic=rules.deterministic, transfer=rules.transfer
+        )
         self._live: dict[str, _Live] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial of the cell that is furthest behind.
+        """The next trial.
 
         Returns:
-            `cell` (the plan's key), `number` (in its study), `overrides` (dotted) and `config` (the whole run as a
-            dict); or None while running trials may still need a successor; or FINISHED, which Tune takes as final.
+            `cell` (the plan's key), `number` (in its study), `origin` (default, transfer, reuse or sampled),
+            `overrides` (dotted) and `config` (the whole run as a dict); or None while running trials may still need a
+            successor; or FINISHED, which Tune takes as final.
         """
-        open_cells = [cell for cell in self._cells.values() if cell.remaining]
-        if not open_cells:
-            is_over = all(cell.is_closed for cell in self._cells.values())
-            return str(Searcher.FINISHED) if is_over else None
-        cell = min(open_cells, key=lambda each: each.progress)
-        trial = cell.study.ask()
-        overrides = sample(trial, cell.plan.run)
-        trial.set_user_attr("overrides", overrides)
-        self._live[trial_id] = _Live(cell, trial, told=carry_over_values(cell.study, trial))
-        cell.running += 1
+        chosen = self._allocation.next_cell()
+        if chosen is None:
+            if self._live:
+                return None
+            for cell in self._cells.values():
+                cell.drop_leftovers()
+            return str(Searcher.FINISHED)
+        cell, room = chosen
+        for donor in self._allocation.donors(cell):
+            if cell.needs(donor.plan.key) and self._allocation.is_settled(donor):
+                cell.receive(donor.plan.key, donor.best())
+        trial = cell.next_trial(room)
+        if trial is None:
+            return None
+        stored = cell.study.get_trials(deepcopy=False)[trial.number]
+        self._live[trial_id] = _Live(cell, trial, told=dict(stored.intermediate_values))
+        overrides = overrides_of(stored)
         return {
             "cell": cell.plan.key,
             "number": trial.number,
+            "origin": stored.user_attrs.get("origin", "sampled"),
             "overrides": overrides,
             "config": cell.plan.run.with_overrides(overrides).to_dict(),
         }
@@ -160,11 +134,16 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
             live.trial.set_user_attr("run_key", result["run_key"])
         live.last_row = dict(result)
         epoch, value = int(result["epoch"]), float(result["val_accuracy"])
+        if result.get("shared", False):
+            live.shared.add(epoch)
         if not math.isfinite(value) or not math.isfinite(result.get("best_val_accuracy", 0.0)):
             live.is_finite = False
         elif epoch not in live.told:
             live.trial.report(value, epoch)
             live.told[epoch] = value
+            if epoch not in live.shared:
+                epochs, seconds = live.cell.pace
+                live.cell.pace = epochs + 1, seconds + float(result.get("epoch_s", 0.0))
 
     def should_prune(self, trial_id: str, row: Row) -> bool:
         """Tell a row, then ask the study's pruner about it; the last row of a whole run is never pruned.
@@ -191,25 +170,25 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
         if live is None:
             return
         cell, trial, row = live.cell, live.trial, live.last_row
-        cell.running -= 1
+        if live.shared:
+            trial.set_user_attr("epochs_shared", len(live.shared))
+        is_done = True
         if live.is_finite and row is not None and row.get("finished", False) and "best_val_accuracy" in row:
             if "best_epoch" in row:
                 trial.set_user_attr("epoch", int(row["best_epoch"]))
             cell.study.tell(trial, float(row["best_val_accuracy"]))
-            cell.done += 1
         elif live.is_finite and row is not None and live.decisions.get(int(row["epoch"]), False):
             trial.set_user_attr("epoch", max(live.told))
             cell.study.tell(trial, state=TrialState.PRUNED)
-            cell.done += 1
         else:
             trial.set_user_attr("failure", _failure(live, error))
             cell.study.tell(trial, state=TrialState.FAIL)
-            cell.failed += 1
+            is_done = False
+        cell.ended(is_done=is_done, epochs=len(live.told) - len(live.shared))
 
     def best(self, key: str) -> FrozenTrial | None:
         """The complete trial with the highest value, the earliest of equals; none where no trial completed."""
-        complete = self._cells[key].study.get_trials(deepcopy=True, states=(TrialState.COMPLETE,))
-        return max(complete, key=lambda trial: (trial.value, -trial.number), default=None)
+        return self._cells[key].best()
 
     def trials(self, key: str) -> list[FrozenTrial]:
         """All trials of a cell's study, over all drivers it had."""
@@ -217,13 +196,20 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
 
     def counts(self, key: str) -> Counts:
         """How the trials of a cell's study ended."""
-        states = [trial.state for trial in self._cells[key].study.get_trials(deepcopy=False)]
+        trials = self._cells[key].trials()
+        states = [trial.state for trial in trials]
         return Counts(
             complete=states.count(TrialState.COMPLETE),
             pruned=states.count(TrialState.PRUNED),
             failed=states.count(TrialState.FAIL),
             running=states.count(TrialState.RUNNING),
+            epochs=sum(epochs_trained(trial) for trial in trials),
+            epochs_shared=sum(epochs_shared(trial) for trial in trials),
         )
+
+    def allowed(self, key: str) -> int:
+        """Complete or pruned trials that a cell may have by now; extra trials raise it."""
+        return self._cells[key].allowed
 
     def remaining(self, key: str) -> int:
         """Trials of a cell that are still to be started."""

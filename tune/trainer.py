@@ -18,6 +18,7 @@ def train_on_group(
     name: str,
     *,
     num_sharing_runs: int = 1,
+    share_embeddings: bool = False,
     callbacks: tuple[Any, ...] = (),
 ) -> None:
     """Do a job on a TorchTrainer group of `resources.num_workers` workers; its results are in the run's folder.
@@ -29,7 +30,13 @@ def train_on_group(
         resources: of the group.
         name: of the Ray Train run.
         num_sharing_runs: see `tune.worker.work`.
+        share_embeddings: see `tune.worker.work`.
         callbacks: of Ray Train, such as the one that hands rows to Tune; without one no row goes through Ray.
+
+    Raises:
+        FloatingPointError: the run diverged; with callbacks that is said in a last row instead.
+        UserError: likewise.
+        ray.train.TrainingFailedError: whatever else went wrong, again and again.
     """
     import ray.train
     import ray.train.torch
@@ -43,6 +50,7 @@ def train_on_group(
             "num_threads": resources.num_threads,
             "num_gpus": resources.gpus_per_worker,
             "num_sharing_runs": num_sharing_runs,
+            "share_embeddings": share_embeddings,
             "reports": bool(callbacks),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -59,11 +67,15 @@ def train_on_group(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    trainer.fit()
+    error = trainer.fit().return_value
+    if error is not None:
+        raise error
 
 
-def train_driver_fn(sample: Mapping[str, Any], *, storage: str, resources: Resources, num_sharing_runs: int) -> None:
-    """One Tune trial on several workers: drives a TorchTrainer whose rows go to Tune."""
+def train_driver_fn(
+    sample: Mapping[str, Any], *, storage: str, resources: Resources, num_sharing_runs: int, share_embeddings: bool
+) -> None:
+    """One Tune trial that drives a TorchTrainer whose rows go to Tune."""
     import ray.tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -75,5 +87,6 @@ def train_driver_fn(sample: Mapping[str, Any], *, storage: str, resources: Resou
         resources,
         name,
         num_sharing_runs=num_sharing_runs,
+        share_embeddings=share_embeddings,
         callbacks=(TuneReportCallback(),),
     )

@@ -9,17 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from tune.cluster import Resources
+from tune.worker import Body, trial, work
+
+MAX_FAILURES = 2
 
 
 @dataclass(frozen=True)
 class TrialFunction:
-    """What Tune runs for a trial, and whether its process may serve the next one."""
+    """What Tune runs for a trial, whether its process may serve the next one, and whether it drives a TorchTrainer."""
 
     function: Any
     reuse_actors: bool
+    has_trainer: bool
 
 
-def trial_function(resources: Resources, storage: Path, *, num_sharing_runs: int, backend: str) -> TrialFunction:
+def trial_function(
+    resources: Resources,
+    storage: Path,
+    *,
+    num_sharing_runs: int,
+    backend: str,
+    share_embeddings: bool = False,
+    body: Body = work,
+) -> TrialFunction:
     """The function that trains one suggestion of the searcher.
 
     Args:
@@ -27,23 +39,28 @@ def trial_function(resources: Resources, storage: Path, *, num_sharing_runs: int
         storage: shared by all workers.
         num_sharing_runs: see `tune.worker.work`.
         backend: `SearchConfig.trial_backend`.
+        share_embeddings: see `tune.worker.work`.
+        body: in place of `work`, to measure what a trial costs beside it; not for a TorchTrainer.
     """
     import ray.tune
 
+    from tune.group import group_trial
     from tune.trainer import train_driver_fn
-    from tune.worker import trial
 
-    shared = {"storage": str(storage), "num_sharing_runs": num_sharing_runs}
-    if resources.num_workers > 1 or backend == "torch_trainer":
+    shared = {"storage": str(storage), "num_sharing_runs": num_sharing_runs, "share_embeddings": share_embeddings}
+    if backend == "torch_trainer":
+        assert body is work, "a TorchTrainer does the work itself"
         function = ray.tune.with_parameters(train_driver_fn, resources=resources, **shared)
         # A driver holds no CPU, or drivers could take what their own workers need; it sits on the head node.
         on_head = ray.tune.with_resources(function, {"node:__internal_head__": 0.001})
-        # With a TorchTrainer inside a reused actor, the first early stop would hang the search.
-        return TrialFunction(on_head, reuse_actors=False)
-    function = ray.tune.with_parameters(
-        trial, num_threads=resources.num_threads, num_gpus=resources.gpus_per_worker, **shared
-    )
-    return TrialFunction(ray.tune.with_resources(function, resources.per_worker), reuse_actors=True)
+        return TrialFunction(on_head, reuse_actors=False, has_trainer=True)
+    arguments = {"num_threads": resources.num_threads, "num_gpus": resources.gpus_per_worker, **shared}
+    if resources.num_workers == 1:
+        function = ray.tune.with_parameters(trial, arguments=arguments, body=body)
+    else:
+        function = ray.tune.with_parameters(group_trial, arguments=arguments, resources=resources, body=body)
+    bundles = ray.tune.PlacementGroupFactory([resources.per_worker] * resources.num_workers)
+    return TrialFunction(ray.tune.with_resources(function, bundles), reuse_actors=True, has_trainer=False)
 
 
 def run_trials(
@@ -56,7 +73,7 @@ def run_trials(
     storage: Path,
     callbacks: Sequence[Any] = (),
 ) -> None:
-    """Run trials until the searcher has no more.
+    """Run trials until the searcher has no more; a trial whose process ends is started again `MAX_FAILURES` times.
 
     Args:
         function: of a trial.
@@ -69,6 +86,9 @@ def run_trials(
     """
     import ray.tune
 
+    # With a TorchTrainer inside, a reused process would hang the search at the first early stop, and without the
+    # dashboard, which is asked whether a stopped trial's driver lives, its workers would hold their CPUs for ever.
+    assert not (function.has_trainer and (function.reuse_actors or not _has_dashboard()))
     tuner = ray.tune.Tuner(
         function.function,
         tune_config=ray.tune.TuneConfig(
@@ -80,12 +100,23 @@ def run_trials(
             reuse_actors=function.reuse_actors,
         ),
         run_config=ray.tune.RunConfig(
-            name=name, storage_path=str(storage / "ray"), verbose=0, callbacks=list(callbacks)
+            name=name,
+            storage_path=str(storage / "ray"),
+            failure_config=ray.tune.FailureConfig(max_failures=MAX_FAILURES),
+            verbose=0,
+            callbacks=list(callbacks),
         ),
     )
     # Without Tune's own result files, which the run folders replace, it would list every trial as having none.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     tuner.fit()
+
+
+def _has_dashboard() -> bool:
+    """Whether the connected Ray has one; no public function says so to a driver that did not start it."""
+    from ray._private.worker import get_dashboard_url
+
+    return bool(get_dashboard_url())
 
 
 def _trial_folder(trial: Any) -> str:

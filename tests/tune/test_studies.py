@@ -9,7 +9,7 @@ from ray.tune.search import Searcher
 from refilled.config import RunConfig
 from refilled.errors import UserError
 from tune.pruning import HalvingPruner, halving_rungs
-from tune.studies import StudyPlan, StudyScheduler, StudySearcher, open_storage, overrides_of
+from tune.studies import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage, overrides_of
 
 EPOCHS = 8
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -79,7 +79,7 @@ def trials_of(storage, study_plan):
 
 
 def test_a_whole_run_is_complete_with_its_best_value_and_every_epoch(storage):
-    searcher = StudySearcher([plan()], storage, seed=0)
+    searcher = StudySearcher([plan()], storage, Rules(seed=0, transfer=False))
     suggestion = searcher.suggest("t")
     values = [0.1, 0.5, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6]
     for epoch, value in enumerate(values, start=1):
@@ -105,7 +105,7 @@ def test_a_whole_run_is_complete_with_its_best_value_and_every_epoch(storage):
 def test_the_first_trial_is_the_run_itself(storage):
     step = RunConfig(method="kd").with_overrides({"classifier.schedule.kind": "step"})
     study_plan = StudyPlan("cell", "study", step, num_trials=2, num_epochs=2)
-    searcher = StudySearcher([study_plan], storage, seed=0)
+    searcher = StudySearcher([study_plan], storage, Rules(seed=0, transfer=False))
     first, second = searcher.suggest("a"), searcher.suggest("b")
     assert RunConfig.from_dict(first["config"]) == step
     assert RunConfig.from_dict(second["config"]) != step
@@ -114,7 +114,7 @@ def test_the_first_trial_is_the_run_itself(storage):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_stops_and_fails_the_trial(memory, value):
-    searcher = StudySearcher([plan()], memory, seed=0)
+    searcher = StudySearcher([plan()], memory, Rules(seed=0, transfer=False))
     searcher.suggest("t")
     assert report(searcher, "t", make_row(1, 0.5)) == "CONTINUE"
     bad = make_row(2, value)
@@ -127,7 +127,7 @@ def test_a_value_that_is_not_finite_stops_and_fails_the_trial(memory, value):
 
 
 def test_a_last_row_with_a_value_that_is_not_finite_fails_the_trial(memory):
-    searcher = StudySearcher([plan()], memory, seed=0)
+    searcher = StudySearcher([plan()], memory, Rules(seed=0, transfer=False))
     searcher.suggest("t")
     searcher.on_trial_complete("t", make_row(EPOCHS, 0.5, best=math.nan))
     assert trials_of(memory, plan())[0].state == TrialState.FAIL
@@ -138,7 +138,7 @@ def test_a_last_row_with_a_value_that_is_not_finite_fails_the_trial(memory):
     [([], True, "error"), ([], False, "no row"), ([1, 2], True, "error"), ([1, 2], False, "last epoch")],
 )
 def test_an_end_before_the_last_row_fails_the_trial(memory, rows, error, reason):
-    searcher = StudySearcher([plan()], memory, seed=0)
+    searcher = StudySearcher([plan()], memory, Rules(seed=0, transfer=False))
     searcher.suggest("t")
     for epoch in rows:
         report(searcher, "t", make_row(epoch, 0.5))
@@ -153,7 +153,7 @@ def test_an_end_before_the_last_row_fails_the_trial(memory, rows, error, reason)
 
 
 def test_a_stopped_trial_is_pruned_with_the_value_and_epoch_where_it_stopped(memory):
-    searcher = StudySearcher([plan()], memory, seed=0)
+    searcher = StudySearcher([plan()], memory, Rules(seed=0, transfer=False))
     for index in range(4):
         run_trial(searcher, f"good{index}", [0.8] * EPOCHS)
     bad = run_trial(searcher, "bad", [0.3] * EPOCHS)
@@ -169,7 +169,7 @@ def test_a_row_at_the_last_epoch_is_never_pruned(memory):
         def prune(self, study, trial):
             return True
 
-    searcher = StudySearcher([plan()], memory, seed=0, make_pruner=lambda _: Always())
+    searcher = StudySearcher([plan()], memory, Rules(seed=0, make_pruner=lambda plan, visible: Always()))
     searcher.suggest("t")
     assert report(searcher, "t", make_row(EPOCHS, 0.3)) == "CONTINUE"
     searcher.on_trial_complete("t", make_row(EPOCHS, 0.3))
@@ -177,7 +177,7 @@ def test_a_row_at_the_last_epoch_is_never_pruned(memory):
 
 
 def test_a_repeated_row_gets_its_first_answer(memory):
-    searcher = StudySearcher([plan(num_trials=20)], memory, seed=0)
+    searcher = StudySearcher([plan(num_trials=20)], memory, Rules(seed=0, transfer=False))
     searcher.suggest("early")
     assert report(searcher, "early", make_row(1, 0.3)) == "CONTINUE"
     for index in range(5):
@@ -190,7 +190,7 @@ def test_a_repeated_row_gets_its_first_answer(memory):
 
 def test_cells_take_turns_by_their_share_and_the_search_ends(memory):
     plans = [plan("small", num_trials=2), plan("large", num_trials=4)]
-    searcher = StudySearcher(plans, memory, seed=0)
+    searcher = StudySearcher(plans, memory, Rules(seed=0, transfer=False))
     order = []
     for index in range(6):
         order.append(searcher.suggest(str(index))["cell"])
@@ -208,7 +208,9 @@ def test_cells_take_turns_by_their_share_and_the_search_ends(memory):
 
 
 def test_a_cell_whose_trials_keep_failing_gives_up(memory):
-    searcher = StudySearcher([plan("bad", num_trials=6), plan("good", num_trials=1)], memory, seed=0)
+    searcher = StudySearcher(
+        [plan("bad", num_trials=6), plan("good", num_trials=1)], memory, Rules(seed=0, transfer=False)
+    )
     fails = 0
     while (suggestion := searcher.suggest(f"t{fails}")) != Searcher.FINISHED:
         if suggestion["cell"] == "good":
@@ -220,32 +222,32 @@ def test_a_cell_whose_trials_keep_failing_gives_up(memory):
     assert searcher.gave_up("bad")
     assert not searcher.gave_up("good")
     assert searcher.best("bad") is None
-    reopened = StudySearcher([plan("bad", num_trials=6)], memory, seed=0)
+    reopened = StudySearcher([plan("bad", num_trials=6)], memory, Rules(seed=0, transfer=False))
     assert not reopened.gave_up("bad")
     assert isinstance(reopened.suggest("t"), dict)
 
 
-def test_trials_of_a_dead_driver_fail_and_their_points_come_first(storage):
-    first = StudySearcher([plan()], storage, seed=0)
+def test_trials_of_a_dead_driver_are_taken_over_as_they_are(storage):
+    first = StudySearcher([plan()], storage, Rules(seed=0))
     run_trial(first, "done", [0.5] * EPOCHS)
     dead = [first.suggest("x"), first.suggest("y")]
     report(first, "x", make_row(1, 0.4))
     report(first, "x", make_row(2, 0.6))
 
-    reopened = StudySearcher([plan()], storage, seed=0)
-    StudySearcher([plan()], storage, seed=0)  # a driver that died right after it had opened queues nothing twice
-    assert [trial.state for trial in trials_of(storage, plan())][:3] == [TrialState.COMPLETE, *[TrialState.FAIL] * 2]
+    StudySearcher([plan()], storage, Rules(seed=0))  # a driver that died right after it had opened the studies
+    reopened = StudySearcher([plan()], storage, Rules(seed=0))
+    states = [trial.state for trial in trials_of(storage, plan())]
+    assert states == [TrialState.COMPLETE, *[TrialState.RUNNING] * 2]
     assert reopened.counts("cell").done == 1
     assert reopened.remaining("cell") == 5
-    again = [reopened.suggest("x"), reopened.suggest("y")]
-    assert [each["config"] for each in again] == [each["config"] for each in dead]
-    report(reopened, "x", make_row(2, 0.6))  # the row that the resumed run repeats
+    assert [reopened.suggest("x"), reopened.suggest("y")] == dead
+    for epoch, value in ((1, 0.4), (2, 0.6)):  # the rows that the resumed run repeats
+        report(reopened, "x", make_row(epoch, value))
     for epoch in range(3, EPOCHS + 1):
         report(reopened, "x", make_row(epoch, 0.7))
     reopened.on_trial_complete("x", make_row(EPOCHS, 0.7))
-    resumed = trials_of(storage, plan())[again[0]["number"]]
-    assert resumed.intermediate_values == {1: 0.4, 2: 0.6} | dict.fromkeys(range(3, EPOCHS + 1), 0.7)
-    assert resumed.user_attrs["resumes"] == dead[0]["number"]
+    taken = trials_of(storage, plan())[dead[0]["number"]]
+    assert taken.intermediate_values == {1: 0.4, 2: 0.6} | dict.fromkeys(range(3, EPOCHS + 1), 0.7)
     reopened.on_trial_complete("y", make_row(EPOCHS, 0.7))
 
     index = 0
@@ -253,41 +255,75 @@ def test_trials_of_a_dead_driver_fail_and_their_points_come_first(storage):
         reopened.on_trial_complete(f"t{index}", make_row(EPOCHS, 0.5))
         index += 1
     counts = reopened.counts("cell")
-    assert (counts.done, counts.failed, counts.running) == (6, 2, 0)
-    assert not [t for t in trials_of(storage, plan()) if t.state == TrialState.WAITING]
+    assert (counts.done, counts.failed, counts.running) == (6, 0, 0)
+    assert len(trials_of(storage, plan())) == 6
 
 
-def test_a_driver_that_dies_while_it_clears_up_loses_no_point(storage):
-    first = StudySearcher([plan()], storage, seed=0)
-    dead = first.suggest("x")
-    study = optuna.load_study(study_name=plan().name, storage=storage)
-    study.enqueue_trial(study.trials[0].params, user_attrs={"resumes": 0})  # ... and was killed before the tell
-    reopened = StudySearcher([plan()], storage, seed=0)
-    assert [trial.state for trial in trials_of(storage, plan())] == [TrialState.FAIL, TrialState.WAITING]
-    assert reopened.suggest("x")["config"] == dead["config"]
+def test_a_trial_whose_driver_died_while_it_was_drawn_is_drawn_to_the_end(storage):
+    study_plan = plan(num_trials=40)
+    first = StudySearcher([study_plan], storage, Rules(seed=0))
+    first.suggest("default")
+    expected = first.suggest("x")
+    storage_of_another = optuna.storages.InMemoryStorage()
+    again = StudySearcher([study_plan], storage_of_another, Rules(seed=0))
+    again.suggest("default")
+    study = optuna.load_study(study_name=study_plan.name, storage=storage_of_another)
+    study.ask()  # ... and was killed before it drew a setting
+    reopened = StudySearcher([study_plan], storage_of_another, Rules(seed=0))
+    assert reopened.suggest("default")["number"] == 0
+    assert reopened.suggest("x") == expected
+
+
+def test_a_trial_that_keeps_killing_its_driver_is_given_up(memory):
+    first = StudySearcher([plan()], memory, Rules(seed=0))
+    first.suggest("x")
+    for _ in range(5):
+        StudySearcher([plan()], memory, Rules(seed=0))
+    survivor = StudySearcher([plan()], memory, Rules(seed=0))
+    survivor.suggest("x")
+    report(survivor, "x", make_row(1, 0.4))  # a row: it does not kill everyone
+    for _ in range(10):
+        last = StudySearcher([plan()], memory, Rules(seed=0))
+    assert trials_of(memory, plan())[0].state == TrialState.RUNNING
+    assert last.counts("cell").failed == 0
+    StudySearcher([plan()], memory, Rules(seed=0))
+    (trial,) = trials_of(memory, plan())
+    assert (trial.state, trial.user_attrs["failure"]) == (
+        TrialState.FAIL,
+        "its driver died 10 times without a row of it",
+    )
+
+
+def test_what_the_budget_has_no_room_for_any_more_does_not_stay_running(memory):
+    first = StudySearcher([plan(num_trials=2)], memory, Rules(seed=0))
+    run_trial(first, "done", [0.5] * EPOCHS)
+    first.suggest("x")
+    smaller = StudySearcher([plan(num_trials=1)], memory, Rules(seed=0))
+    assert smaller.suggest("y") == Searcher.FINISHED
+    assert [trial.state for trial in trials_of(memory, plan())] == [TrialState.COMPLETE, TrialState.FAIL]
 
 
 def test_an_interrupted_trial_does_not_compete_with_itself(memory):
     for value, is_stopped in ((0.5, False), (0.2, True)):
         plans = [plan(f"cell{value}", num_trials=20)]
-        first = StudySearcher(plans, memory, seed=0)
+        first = StudySearcher(plans, memory, Rules(seed=0, transfer=False))
         for index, other in enumerate([0.9, 0.4, 0.3]):
             run_trial(first, f"t{index}", [other] * EPOCHS)
         for driver in range(4):  # killed at the same epoch again and again
-            searcher = StudySearcher(plans, memory, seed=driver)
+            searcher = StudySearcher(plans, memory, Rules(seed=driver, transfer=False))
             searcher.suggest("x")
             assert (report(searcher, "x", make_row(1, value)) == "STOP") is is_stopped
 
 
 def test_a_run_that_lost_its_folder_is_judged_where_it_is_not_where_it_was(memory):
-    first = StudySearcher([plan(num_trials=20)], memory, seed=0)
+    first = StudySearcher([plan(num_trials=20)], memory, Rules(seed=0, transfer=False))
     for index in range(3):
         run_trial(first, f"t{index}", [0.9] * EPOCHS)
     first.suggest("x")
     values = {1: 0.95, 2: 0.1, 3: 0.1}
     for epoch, value in values.items():
         first.on_trial_result("x", make_row(epoch, value))
-    reopened = StudySearcher([plan(num_trials=20)], memory, seed=0)
+    reopened = StudySearcher([plan(num_trials=20)], memory, Rules(seed=0, transfer=False))
     number = reopened.suggest("x")["number"]
     assert [report(reopened, "x", make_row(*each)) for each in values.items()] == ["CONTINUE", "CONTINUE", "STOP"]
     reopened.on_trial_complete("x", make_row(3, 0.1))
@@ -296,12 +332,14 @@ def test_a_run_that_lost_its_folder_is_judged_where_it_is_not_where_it_was(memor
 
 
 def test_a_finished_study_asks_for_nothing_and_a_raised_budget_goes_on(storage):
-    searcher = StudySearcher([plan(num_trials=2)], storage, seed=0)
+    searcher = StudySearcher([plan(num_trials=2)], storage, Rules(seed=0, transfer=False))
     for index in range(2):
         run_trial(searcher, f"t{index}", [0.5] * EPOCHS)
     assert searcher.suggest("none") == Searcher.FINISHED
-    assert StudySearcher([plan(num_trials=2)], storage, seed=0).suggest("none") == Searcher.FINISHED
-    more = StudySearcher([plan(num_trials=3)], storage, seed=0)
+    assert (
+        StudySearcher([plan(num_trials=2)], storage, Rules(seed=0, transfer=False)).suggest("none") == Searcher.FINISHED
+    )
+    more = StudySearcher([plan(num_trials=3)], storage, Rules(seed=0, transfer=False))
     assert more.remaining("cell") == 1
     assert more.suggest("t")["number"] == 2
 
@@ -317,8 +355,10 @@ def test_points_follow_from_the_seed_and_a_continued_study_draws_new_ones():
     def search(seed, key="cell"):
         storage = optuna.storages.InMemoryStorage()
         # a budget with ten random first trials: two of them are drawn before, the others after the interruption
-        interrupted = points(StudySearcher([plan(key, num_trials=40)], storage, seed=seed), 3)
-        return interrupted, points(StudySearcher([plan(key, num_trials=40)], storage, seed=seed), 4)
+        interrupted = points(StudySearcher([plan(key, num_trials=40)], storage, Rules(seed=seed, transfer=False)), 3)
+        return interrupted, points(
+            StudySearcher([plan(key, num_trials=40)], storage, Rules(seed=seed, transfer=False)), 4
+        )
 
     first, continued = search(0)
     assert search(0) == (first, continued)
@@ -329,7 +369,7 @@ def test_points_follow_from_the_seed_and_a_continued_study_draws_new_ones():
 
 def test_two_studies_in_one_storage_do_not_see_each_other(memory):
     low, high = plan("low", num_trials=9), plan("high", num_trials=9)
-    both = StudySearcher([high, low], memory, seed=0)
+    both = StudySearcher([high, low], memory, Rules(seed=0, transfer=False))
     index = 0
     while isinstance(suggestion := both.suggest(f"t{index}"), dict):
         level = 0.9 if suggestion["cell"] == "high" else 0.2
@@ -351,11 +391,11 @@ def test_two_studies_in_one_storage_do_not_see_each_other(memory):
 
 def test_plans_need_names_of_their_own(memory):
     with pytest.raises(ValueError, match="key"):
-        StudySearcher([plan(), plan()], memory, seed=0)
+        StudySearcher([plan(), plan()], memory, Rules(seed=0, transfer=False))
 
 
 def test_what_tune_pickles_holds_no_storage(storage, tmp_path):
-    searcher = StudySearcher([plan()], storage, seed=0)
+    searcher = StudySearcher([plan()], storage, Rules(seed=0, transfer=False))
     searcher.save_to_dir(str(tmp_path / "missing"), "session")
     assert b"sqlite" not in pickle.dumps(StudyScheduler(searcher))
     with pytest.raises(RuntimeError, match="start the search again"):

@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 from refilled.config import RunConfig
-from tune.studies import StudyPlan, StudyScheduler, StudySearcher, open_storage
+from tune.studies import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage, overrides_of
 
 pytestmark = pytest.mark.ray
 EPOCHS = 6
@@ -76,7 +76,7 @@ def trials_of(storage, key):
 def test_a_search_fills_every_cell_and_ends_whatever_trials_do(local_ray, tmp_path, storage):
     plans = [make_plan("high", 7), make_plan("low", 7)]
     accidents = {"low 1": "raises", "high 2": "nan", "high 4": "returns", "low 3": "nan"}
-    searcher = StudySearcher(plans, storage, seed=0)
+    searcher = StudySearcher(plans, storage, Rules(seed=0))
     results = tune_until_it_ends(searcher, tmp_path, accidents)
 
     fails = {"high": {2, 4}, "low": {1, 3}}
@@ -105,7 +105,7 @@ def test_a_search_fills_every_cell_and_ends_whatever_trials_do(local_ray, tmp_pa
 
 def test_a_search_of_failing_trials_ends(local_ray, tmp_path, storage):
     accidents = {f"low {number}": "always" for number in range(20)}
-    searcher = StudySearcher([make_plan("low", 4), make_plan("high", 1)], storage, seed=0)
+    searcher = StudySearcher([make_plan("low", 4), make_plan("high", 1)], storage, Rules(seed=0))
     tune_until_it_ends(searcher, tmp_path, accidents)
     assert searcher.gave_up("low")
     assert 3 <= searcher.counts("low").failed <= 4  # above 2; one more may have been on its way
@@ -114,17 +114,16 @@ def test_a_search_of_failing_trials_ends(local_ray, tmp_path, storage):
 
 def test_an_interrupted_search_ends_with_exactly_its_trials_and_then_has_nothing_to_do(local_ray, tmp_path, storage):
     plans = [make_plan("high", 2), make_plan("low", 2)]
-    dead = StudySearcher(plans, storage, seed=0)
+    dead = StudySearcher(plans, storage, Rules(seed=0))
     interrupted = [dead.suggest("a"), dead.suggest("b")]
 
-    searcher = StudySearcher(plans, storage, seed=0)
+    searcher = StudySearcher(plans, storage, Rules(seed=0))
     tune_until_it_ends(searcher, tmp_path, {})
     for key in LEVELS:
         counts = searcher.counts(key)
-        assert (counts.done, counts.failed, counts.running) == (2, 1, 0)
-        (lost,) = [each for each in interrupted if each["cell"] == key]
-        resumed = [trial for trial in trials_of(storage, key) if trial.user_attrs.get("resumes") == lost["number"]]
-        assert [trial.user_attrs["overrides"] for trial in resumed] == [lost["overrides"]]
+        assert (counts.done, counts.failed, counts.running) == (2, 0, 0)
+    taken_over = [trials_of(storage, each["cell"])[each["number"]] for each in interrupted]
+    assert [overrides_of(trial) for trial in taken_over] == [each["overrides"] for each in interrupted]
 
-    assert len(tune_until_it_ends(StudySearcher(plans, storage, seed=0), tmp_path / "again", {})) == 0
-    assert len(trials_of(storage, "high")) == 3
+    assert len(tune_until_it_ends(StudySearcher(plans, storage, Rules(seed=0)), tmp_path / "again", {})) == 0
+    assert len(trials_of(storage, "high")) == 2

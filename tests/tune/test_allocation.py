@@ -1,0 +1,154 @@
+import math
+import time
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from refilled.config import RunConfig
+from tune.allocation import Budget, uncertainty
+from tune.cell_study import CellStudy
+from tune.studies import Rules, StudyPlan, StudySearcher
+
+EPOCHS = 4
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def plan(key, *, num_trials=4, **more):
+    run = RunConfig(method="kd", epochs=(0, EPOCHS))
+    return StudyPlan(key=key, name=f"s-{key}", run=run, num_trials=num_trials, num_epochs=EPOCHS, **more)
+
+
+@pytest.fixture
+def memory():
+    return optuna.storages.InMemoryStorage()
+
+
+def last_row(value, seconds=0.0):
+    return {
+        "epoch": EPOCHS,
+        "val_accuracy": value,
+        "best_val_accuracy": value,
+        "finished": True,
+        "epoch_s": seconds,
+    }
+
+
+def order_of(searcher, value_of, limit=100):
+    """Cells in the order in which trials start, one at a time, until the search ends."""
+    order = []
+    for index in range(limit):
+        suggestion = searcher.suggest(str(index))
+        if suggestion == Searcher.FINISHED:
+            return order
+        order.append(suggestion["cell"])
+        searcher.on_trial_complete(str(index), last_row(value_of(suggestion)))
+    raise AssertionError("the search did not end")
+
+
+def test_a_cell_begins_when_its_neighbours_are_done_and_with_their_winners(memory):
+    plans = [plan("a"), plan("b", donors=("a",)), plan("c", donors=("b", "a"))]
+    searcher = StudySearcher(plans, memory, Rules(seed=3))
+    order = order_of(
+        searcher, lambda each: 0.9 - 0.01 * each["number"] if each["cell"] == "b" else 0.01 * each["number"]
+    )
+    assert order == ["a"] * 4 + ["b"] * 4 + ["c"] * 4
+    received = {
+        key: [(t.number, t.user_attrs["from"]) for t in searcher.trials(key) if "from" in t.user_attrs] for key in "abc"
+    }
+    # b's winner is the default point, which c tries anyway
+    assert received == {"a": [], "b": [(1, "a")], "c": [(1, "a")]}
+    assert searcher.trials("b")[1].params == searcher.best("a").params
+    assert searcher.best("a").number == 3
+
+
+def test_without_transfer_cells_take_turns_and_receive_nothing(memory):
+    plans = [plan("a"), plan("b", donors=("a",))]
+    searcher = StudySearcher(plans, memory, Rules(transfer=False))
+    assert order_of(searcher, lambda each: 0.5) == ["a", "b"] * 4
+    assert not [t for t in searcher.trials("b") if t.user_attrs.get("origin") == "transfer"]
+
+
+def test_nobody_idles_for_a_neighbour_that_is_not_done(memory):
+    plans = [plan("a"), plan("b", donors=("a",))]
+    searcher = StudySearcher(plans, memory, Rules())
+    started = [searcher.suggest(str(index))["cell"] for index in range(6)]
+    assert started == ["a", "a", "a", "a", "b", "b"]
+    for index in range(4):
+        searcher.on_trial_complete(str(index), last_row(0.1 * index))
+    late = searcher.suggest("late")
+    assert (late["cell"], late["origin"]) == ("b", "transfer")
+
+
+def test_extra_trials_go_to_the_least_certain_winner_and_to_the_vanilla_student_beside_it_first(memory):
+    plans = [
+        plan("clear", num_trials=8, baseline="clear student"),
+        plan("close", num_trials=8, baseline="close student"),
+        plan("clear student", num_trials=8),
+        plan("close student", num_trials=8),
+    ]
+    searcher = StudySearcher(plans, memory, Rules(transfer=False), Budget(adaptive_share=0.25))
+
+    def value(each):
+        if each["cell"] == "close":
+            return 0.7 + 1e-4 * each["number"]
+        return 0.3 + 0.1 * min(each["number"], 5) - 0.1 * max(0, each["number"] - 5)
+
+    order = order_of(searcher, value)
+    assert len(order) == 32
+    assert sorted(order[:24]) == sorted(each.key for each in plans for _ in range(6))
+    assert order[24:26] == ["close student", "close"]
+    counts = {each.key: order.count(each.key) for each in plans}
+    assert counts["close"] > counts["clear"]
+    assert counts["close"] <= counts["close student"]
+    assert counts["clear"] <= counts["clear student"]
+
+
+def test_a_cell_that_gives_up_leaves_its_trials_to_nobody(memory):
+    plans = [plan("bad"), plan("good")]
+    searcher = StudySearcher(plans, memory, Rules(transfer=False), Budget(adaptive_share=0.25))
+    count = 0
+    while (suggestion := searcher.suggest(str(count))) != Searcher.FINISHED:
+        is_bad = suggestion["cell"] == "bad"
+        searcher.on_trial_complete(str(count), None if is_bad else last_row(0.5), error=is_bad)
+        count += 1
+    assert searcher.gave_up("bad")
+    assert searcher.counts("good").done == 4
+
+
+def test_no_trial_starts_after_the_deadline_or_when_it_would_miss_it(memory):
+    late = StudySearcher([plan("a")], memory, Rules(), Budget(deadline_s=time.monotonic() - 1))
+    assert late.suggest("x") == Searcher.FINISHED
+    searcher = StudySearcher([plan("a"), plan("b")], memory, Rules(), Budget(deadline_s=time.monotonic() + 1000))
+    assert [searcher.suggest(str(index))["cell"] for index in range(4)] == ["a", "b", "a", "b"]
+    searcher.on_trial_complete("0", last_row(0.5, seconds=300.0))  # four epochs would take 1200 s
+    searcher.on_trial_complete("1", last_row(0.5, seconds=200.0))
+    assert searcher.suggest("x")["cell"] == "b"
+    for index in ("2", "3", "x"):
+        searcher.on_trial_complete(index, last_row(0.5, seconds=300.0))
+    assert searcher.suggest("y") == Searcher.FINISHED
+    assert searcher.counts("a").done == 2
+
+
+def with_values(memory, key, values, num_images=100):
+    cell = CellStudy(plan(key, num_trials=20, num_validation_images=num_images), memory, Rules())
+    for value in values:
+        trial = cell.next_trial(1)
+        cell.study.tell(trial, value, state=None if value is not None else TrialState.PRUNED)
+        cell.ended(is_done=True, epochs=1)
+    return uncertainty(cell)
+
+
+def test_uncertainty_is_a_probability_by_hand(memory):
+    assert with_values(memory, "none", []) == 1.0
+    assert with_values(memory, "pruned", [None, None]) == 1.0
+    assert with_values(memory, "one", [0.5]) == pytest.approx(1 / 2)
+    # standard error of the difference of two shares near one half, 100 images: sqrt(2 * 0.25 / 100)
+    error = math.sqrt(2 * 0.25 / 100)
+    beaten = 0.5 * math.erfc(0.1 / error / math.sqrt(2))
+    assert with_values(memory, "two", [0.4, 0.5]) == pytest.approx(1 - (2 / 3) * (1 - beaten))
+    assert with_values(memory, "pruned too", [0.4, 0.5, None]) == pytest.approx(1 - (3 / 4) * (1 - beaten))
+    assert with_values(memory, "equal", [0.5, 0.5]) == pytest.approx(1 - (2 / 3) * 0.5)
+    assert with_values(memory, "more images", [0.4, 0.5], 10_000) == pytest.approx(1 / 3)
+    assert 0 < with_values(memory, "perfect", [1.0, 0.9]) < 1
