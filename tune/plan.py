@@ -123,7 +123,7 @@ class Plan:
             baseline = self.baseline_of(cell)
             studies[cell.name] = StudyPlan(
                 key=cell.name,
-                name=f"{search.experiment}-{content_hash([*shape, cell.identity])}",
+                name=f"{search.experiment} {cell.name} {content_hash([*shape, cell.identity])}",
                 run=cell.run,
                 num_trials=search.trials,
                 num_epochs=num_epochs_of(cell.run),

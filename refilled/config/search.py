@@ -38,7 +38,7 @@ class SearchConfig(Config):
     seeds: int = 3
     """Refits of every winner, each with its own seed."""
     sampler: Sampler = "tpe"
-    """Who draws trials: tpe (multivariate), gp, random or qmc, all of Optuna."""
+    """Who draws trials, all of Optuna: tpe (multivariate), gp (learns from whole trials only), random or qmc."""
     pruner: Pruner = "halving"
     """Who stops trials early, within their cell: halving (asynchronous), hyperband, median or none."""
     transfer: bool = True
