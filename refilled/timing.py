@@ -65,6 +65,8 @@ class StepTimes:
     """What an epoch takes beside steps and validation: its checkpoint and its row."""
     run_s: float
     """What a run takes beside its epochs: images, networks, files."""
+    alone: float
+    """What a step takes while no other process measures, over what it takes beside them; 1 where that was not timed."""
     peak_bytes: int
     """Most memory that a run's tensors take on its GPU, bank and images included; 0 on a CPU."""
     total_bytes: int
@@ -79,6 +81,7 @@ def measure(
     budget_s: float = 3.0,
     start_together: Callable[[], None] = lambda: None,
     others_measure: Callable[[], bool] = lambda: False,
+    then_alone: bool = False,
 ) -> StepTimes:
     """Time the parts of a run on this process; what is written meanwhile is gone afterwards.
 
@@ -89,6 +92,7 @@ def measure(
         budget_s: seconds to spend on steps; some of every kind are timed however long they take.
         start_together: called when everything is warm, before anything is timed; may wait for other processes.
         others_measure: while it says so steps go on after the last timed one, so that others are timed beside them.
+        then_alone: time a step once more when the others have ended.
     """
     (storage / "timings").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=storage / "timings", prefix=".") as folder:
@@ -98,7 +102,8 @@ def measure(
         times = measurement.times(functools.partial(load_task, config, storage / "cache"))
         while others_measure():
             measurement.step()
-        return times
+        alone = measurement.alone(times) if then_alone else 1.0
+        return dataclasses.replace(times, alone=alone)
 
 
 class _Measurement:
@@ -146,9 +151,14 @@ class _Measurement:
             teacher_s=self._teacher_s(),
             epoch_s=self._epoch_s(self.step),
             run_s=self._run_s(load),
+            alone=1.0,
             peak_bytes=self._peak_bytes(),
             total_bytes=self._total_bytes(),
         )
+
+    def alone(self, times: StepTimes) -> float:
+        """A step of stage classifier now, over the same in `times`; at most 1, as company speeds nothing up."""
+        return min(1.0, self._median_s(self.step, warm=True) / times.classifier_bank_s)
 
     def _teachers(self) -> tuple[FrozenTeacher, FrozenTeacher]:
         """The same network twice: one is going to be looked up in a bank."""

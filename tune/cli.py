@@ -90,7 +90,7 @@ def _flags_class(config: Config, *, hidden: set[str], inlined: set[str], prefix:
             parameter = Parameter(
                 help=documented.get(each.name, ""),
                 consume_multiple=isinstance(value, tuple),
-                negative="" if not isinstance(value, bool) else None,
+                negative=None if hints[each.name] in (bool, bool | None) else "",
                 show_default=(lambda _: "none") if shown else None,
             )
             fields.append((each.name, Annotated[hints[each.name], parameter], field(default=value)))

@@ -131,10 +131,16 @@ def _measure_together(
         raise
     finally:
         shutil.rmtree(meeting, ignore_errors=True)
+    return _records(kinds, answers)
+
+
+def _records(kinds: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is kept of a round, by kind."""
     records: dict[str, Any] = {}
     for kind in set(kinds):
         same = [answer for each, answer in zip(kinds, answers, strict=True) if each == kind]
         times = {name: statistics.median(answer["times"][name] for answer in same) for name in same[0]["times"]}
+        times["alone"] = answers[0]["times"]["alone"]  # the first was timed alone, whatever its kind
         most = {name: max(answer["times"][name] for answer in same) for name in ("peak_bytes", "total_bytes")}
         start_s = max(answer["worker_start_s"] for answer in answers)
         records[kind] = {"kind": kind, "times": times | most, "worker_start_s": start_s}
@@ -200,7 +206,12 @@ def _measure(
     try:
         done = wait("done")
         times = measure(
-            run, Path(storage), compute, start_together=start_together, others_measure=lambda: next(done, False)
+            run,
+            Path(storage),
+            compute,
+            start_together=start_together,
+            others_measure=lambda: next(done, False),
+            then_alone=number == 0 and count > 1,
         )
     except torch.OutOfMemoryError as error:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from typing import TYPE_CHECKING
 
 from refilled.bank import bank_pays
@@ -41,7 +42,7 @@ class Workload:
 
     def teachers(self, *, on_all: bool) -> list[Work]:
         """What is left of the different teachers, those of the trials or those of the refits."""
-        works = {}
+        works: dict[str, Work] = {}
         for cell in self._plan.cells:
             if not needs_teacher(cell.run):
                 continue
@@ -49,7 +50,15 @@ class Workload:
             folder = teacher_folder(run, self._plan.storage)
             if folder.result() is None:
                 works[folder.path.name] = self._teacher(cell, run, on_all, len(folder.rows()))
-        return list(works.values())
+        return [self._with_company(work, len(works)) for work in works.values()]
+
+    def _with_company(self, work: Work, count: int) -> Work:
+        """Timings are of full slots; of `count` jobs side by side, where that is fewer, each takes less."""
+        slots = max(1, self._resources.slots_now)
+        alone = statistics.mean(times.alone for times in self._timings.kinds.values())
+        factor = 1.0 if count >= slots else alone + (1.0 - alone) * (count - 1) / (slots - 1)
+        stages = tuple((epochs, factor * bank_s, factor * live_s) for epochs, bank_s, live_s in work.stages)
+        return dataclasses.replace(work, stages=stages)
 
     def trial(self, cell: Cell) -> Work:
         """One whole trial of a cell."""

@@ -30,7 +30,7 @@ class SearchConfig(Config):
     trials: int = 16
     """Trials of every cell, and of every vanilla student beside it; on average, see `adaptive_share`."""
     max_hours: float | None = None
-    """Hours after which no trial goes on, teachers included, refits not; none: no limit."""
+    """Hours after the start in which trials may run; none starts that would end later, at the pace of those before."""
     max_epochs_total: int | None = None
     """Epochs that all trials of the search may train together; none: no limit."""
     adaptive_share: float = 0.25

@@ -25,7 +25,7 @@ import optuna
 
 ROOT = Path(__file__).parents[2]
 SEARCH = (
-    "--deterministic --trials 4 --generation 2 --seeds 1 --overlaps 0 1 --epochs 3 4 --teacher-epochs 4 --no-forecast"
+    "--deterministic --trials 6 --generation 2 --seeds 1 --overlaps 1 --epochs 3 4 --teacher-epochs 4 --no-forecast"
 )
 
 
@@ -104,7 +104,7 @@ def main() -> int:
         print(f"undisturbed: {whole_s:.1f} s; seed {arguments.seed}")
         done = 0
         while done < arguments.kills:
-            seconds, whole_group = draws.uniform(3.0, max(6.0, 0.6 * whole_s)), draws.random() < 0.5
+            seconds, whole_group = draws.uniform(0.15, 0.9) * whole_s, draws.random() < 0.5
             was_running = kill_after(base / "killed", seconds, whole_group=whole_group)
             states = [trial["state"] for trials in trials_of(base / "killed").values() for trial in trials]
             counts = {state: states.count(state) for state in sorted(set(states))}

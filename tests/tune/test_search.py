@@ -206,3 +206,62 @@ def test_trials_on_two_workers_run_on_a_torch_trainer(tmp_path: Path) -> None:
     assert summary[0]["trials"]["complete"] + summary[0]["trials"]["pruned"] == 2
     assert summary[0]["trials"]["failed"] == 0
     assert summary[0]["test_accuracy"][0] > 0.5
+
+
+def test_two_searches_at_once_on_one_storage_do_not_see_each_other(tmp_path: Path) -> None:
+    small = {"trials": "2", "seeds": "1", "overlaps": "1", "method": "student", "no_forecast": ""}
+    flags = [
+        word for name, value in (SMALL | small).items() for word in (f"--{name.replace('_', '-')}", *value.split())
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tune/search.py"), *flags, "--storage", str(tmp_path), "--experiment", name],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name in ("one", "other")
+    ]
+    outputs = [process.communicate(timeout=280)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    studies = [optuna.load_study(study_name=name, storage=url) for name in optuna.get_all_study_names(url)]
+    assert sorted(study.study_name.split()[0] for study in studies) == ["one", "other"]
+    for study in studies:
+        assert [trial.number for trial in study.trials] == [0, 1]
+        assert all(trial.state.is_finished() for trial in study.trials)
+    again = run_command("tune/search.py", *flags, "--storage", str(tmp_path), "--experiment", "one", "--no-resume")
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1
+    assert "resume is off, but 2 ended and 0 interrupted trials" in again.stderr
+
+
+def test_shared_embedding_stages_save_epochs_and_the_search_says_how_many(tmp_path: Path) -> None:
+    small = {"trials": "8", "seeds": "1", "overlaps": "1", "pruner": "none"}
+    search(tmp_path, **small, share_embeddings="")
+    (record,) = (tmp_path / "searches").glob("*/search.json")
+    trials = json.loads(record.read_text())["trials"]
+    counts = [
+        len(trial.intermediate_values) - trial.user_attrs.get("epochs_shared", 0)
+        for name in optuna.get_all_study_names(f"sqlite:///{tmp_path / 'studies.db'}")
+        for trial in optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path / 'studies.db'}").trials
+    ]
+    assert trials["epochs"] == sum(counts)
+    assert trials["epochs_shared"] > 0
+    assert trials["epochs_shared"] % 3 == 0  # whole stages
+    assert len(list((tmp_path / "embeddings").iterdir())) > 0
+
+
+def test_a_killed_deterministic_search_holds_the_trials_of_an_undisturbed_one(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/faults/kill_search.py"), "--kills", "2", "--seed", "5"],
+        capture_output=True,
+        text=True,
+        timeout=290,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "equal" in done.stdout

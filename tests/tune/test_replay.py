@@ -1,0 +1,231 @@
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from refilled.config import RunConfig
+from tune.space import as_data
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from replay.simulation import Contestant, simulate
+from replay.strategies import ours, random_search, ray_default
+from replay.table import Curve, Table, point_of
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+RUN = RunConfig(method="student", epochs=(0, 4))
+COSINE = {
+    "optimizer.weight_decay": 1e-4,
+    "classifier.schedule.kind": "cosine",
+    "classifier.schedule.learning_rate": 0.1,
+}
+CURVES = {0.02: (0.1, 0.5, 0.4, 0.3), 0.1: (0.2, 0.3, 0.6, 0.7), 0.4: (0.3,)}
+
+
+def point(rate):
+    return COSINE | {"classifier.schedule.learning_rate": rate, "classifier.schedule.final_fraction": 0.01}
+
+
+def tiny(is_weighted=False):
+    """Three curves that differ in their learning rate; the last one's loss was not finite in epoch 2."""
+    curves = [Curve(point(rate), "c" * len(values), values, {"classifier": 2.0}) for rate, values in CURVES.items()]
+    return Table("tiny", RUN, as_data(RUN), curves, is_weighted=is_weighted)
+
+
+class Listed(Searcher):
+    """Suggests these learning rates and writes down what it is called with."""
+
+    def __init__(self, rates, calls):
+        super().__init__()
+        self.rates, self.calls, self.number = list(rates), calls, {}
+
+    def suggest(self, trial_id):
+        if not self.rates:
+            return Searcher.FINISHED
+        self.number[trial_id] = len(self.number)
+        self.calls.append(("suggest", self.number[trial_id]))
+        return {"rate": self.rates.pop(0)}
+
+    def on_trial_result(self, trial_id, result):
+        self.calls.append(("searcher row", self.number[trial_id], result["epoch"]))
+
+    def on_trial_complete(self, trial_id, result=None, error=False):
+        epoch = result["epoch"] if result else None
+        self.calls.append(("searcher end", self.number[trial_id], epoch, error))
+
+    def save(self, checkpoint_path):
+        pass
+
+    def restore(self, checkpoint_path):
+        raise NotImplementedError
+
+
+class Cutting(FIFOScheduler):
+    """Stops everyone whose second value is 0.5, and writes down what it is called with."""
+
+    def __init__(self, searcher):
+        super().__init__()
+        self.number, self.calls = searcher.number, searcher.calls
+
+    def on_trial_add(self, tune_controller, trial):
+        self.calls.append(("scheduler add", self.number[trial.trial_id]))
+
+    def on_trial_result(self, tune_controller, trial, result):
+        self.calls.append(("scheduler row", self.number[trial.trial_id], result["epoch"]))
+        is_cut = (result["epoch"], result["val_accuracy"]) == (2, 0.5)
+        return TrialScheduler.STOP if is_cut else TrialScheduler.CONTINUE
+
+    def on_trial_complete(self, tune_controller, trial, result):
+        self.calls.append(("scheduler end", self.number[trial.trial_id], result["epoch"]))
+
+    def on_trial_error(self, tune_controller, trial):
+        self.calls.append(("scheduler error", self.number[trial.trial_id]))
+
+
+def listed(rates):
+    searcher = Listed(rates, [])
+    return Contestant(searcher, Cutting(searcher), lambda suggestion: ("tiny", point(suggestion["rate"])))
+
+
+def run(contestant, **more):
+    table = tiny()
+    return simulate(contestant, {"tiny": table}, **{"slots": 1, "is_over": lambda outcome: False} | more)
+
+
+def test_a_pruned_a_whole_and_a_failed_trial_are_replayed_row_by_row():
+    contestant = listed([0.02, 0.1, 0.4])
+    outcome = run(contestant)
+    assert contestant.searcher.calls == [
+        ("suggest", 0),
+        ("scheduler add", 0),
+        ("scheduler row", 0, 1),
+        ("searcher row", 0, 1),
+        ("scheduler row", 0, 2),
+        ("scheduler end", 0, 2),
+        ("searcher end", 0, 2, False),
+        ("suggest", 1),
+        ("scheduler add", 1),
+        *[(who, 1, epoch) for epoch in (1, 2, 3, 4) for who in ("scheduler row", "searcher row")],
+        ("scheduler end", 1, 4),
+        ("searcher end", 1, 4, False),
+        ("suggest", 2),
+        ("scheduler add", 2),
+        ("scheduler row", 2, 1),
+        ("searcher row", 2, 1),
+        ("scheduler error", 2),
+        ("searcher end", 2, None, True),
+    ]
+    (whole,) = outcome.whole
+    assert (whole.value, whole.epochs, whole.all_epochs, whole.time) == (0.7, 6, 6, 6.0)
+    assert (outcome.num_epochs, outcome.pruned, outcome.failed, outcome.time) == (7, 1, 1, 8.0)
+    assert outcome.first_at("tiny", 0.7) == whole
+    assert outcome.first_at("tiny", 0.71) is None
+    assert outcome.best_within("tiny", 6) == 0.7
+    assert outcome.best_within("tiny", 5) == 0
+
+
+@pytest.mark.ray
+def test_tune_itself_makes_the_same_calls(local_ray, tmp_path):
+    """What the simulation leaves out is the trial itself; here Tune runs a function that reports the same rows."""
+    import ray.tune
+
+    rows = {rate: curve.rows(4) for rate, curve in zip(CURVES, tiny().curves, strict=True)}
+
+    def trial(config):
+        for row in rows[config["rate"]]:
+            ray.tune.report(row)
+        if not row["finished"]:
+            raise FloatingPointError("the loss")
+
+    simulated, real = listed([0.02, 0.1, 0.4]), listed([0.02, 0.1, 0.4])
+    run(simulated)
+    ray.tune.Tuner(
+        trial,
+        tune_config=ray.tune.TuneConfig(
+            search_alg=real.searcher, scheduler=real.scheduler, num_samples=-1, max_concurrent_trials=1
+        ),
+        run_config=ray.tune.RunConfig(storage_path=str(tmp_path), verbose=0),
+    ).fit()
+    assert real.searcher.calls == simulated.searcher.calls
+
+
+def test_slots_run_side_by_side_and_take_the_next_trial_when_one_ends():
+    contestant = listed([0.1, 0.02, 0.1])
+    outcome = run(contestant, slots=2, epoch_time=lambda table, row: 3.0)
+    ends = [call for call in contestant.searcher.calls if call[0] == "searcher end"]
+    assert ends == [("searcher end", 1, 2, False), ("searcher end", 0, 4, False), ("searcher end", 2, 4, False)]
+    assert [(each.time, each.all_epochs) for each in outcome.whole] == [(12.0, 7), (18.0, 10)]
+
+
+def test_a_simulation_stops_when_it_is_told_to():
+    assert run(listed([0.1] * 9), is_over=lambda outcome: outcome.num_epochs >= 5).num_epochs == 5
+
+
+def test_the_nearest_settings_answer():
+    table = tiny()
+    assert [table.nearest(point(rate)) for rate in (0.01, 0.04, 0.05, 0.19, 0.21, 0.5)] == [0, 0, 1, 1, 2, 2]
+    assert table.nearest(point(0.02), without=0) == 1
+    # Settings that only one of the two has count nothing, another kind counts as much as the whole of an interval.
+    step = COSINE | {"classifier.schedule.kind": "step", "classifier.schedule.decay": 0.1}
+    curves = [*table.curves, Curve(step, "cccc", CURVES[0.1], {"classifier": 2.0})]
+    both = Table("both", RUN, as_data(RUN), curves, is_weighted=False)
+    assert both.nearest(step | {"classifier.schedule.learning_rate": 0.01}) == 3
+    assert both.nearest(point(0.4)) == 2
+
+
+def test_weights_favour_the_settings_that_matter():
+    import random
+
+    draw = random.Random(0)
+    curves = []
+    for _ in range(60):
+        rate, decay = 0.01 * 50 ** draw.random(), 1e-5 * 500 ** draw.random()
+        settings = point(rate) | {"optimizer.weight_decay": decay}
+        curves.append(Curve(settings, "cccc", (0.1, 0.1, 0.1, rate), {"classifier": 1.0}))
+    plain, weighted = (Table("t", RUN, as_data(RUN), curves, is_weighted=each) for each in (False, True))
+    assert weighted.agreement() > plain.agreement()
+    assert weighted.agreement() > 0.95
+
+
+def test_milestones_become_the_parameter_they_came_from():
+    drawn = {"classifier.schedule.kind": "step", "classifier.schedule.milestones": (0.4, 0.7)}
+    assert point_of(drawn) == {"classifier.schedule.kind": "step", "classifier.schedule.first_milestone": 0.4}
+
+
+@pytest.mark.parametrize("name", ["digits-0.4", "digits-student", "cifar-0.4"])
+def test_real_searches_run_on_recorded_tables(name):
+    table = Table.load(name)
+    assert [entry["name"] for entry in table.space] == [entry["name"] for entry in as_data(table.run)]
+    most = 8 * table.num_epochs
+    for strategy in (ours(), random_search, ray_default):
+        outcome = simulate(
+            strategy([table], 0),
+            {name: table},
+            slots=2,
+            is_over=lambda outcome: outcome.num_epochs >= most,
+        )
+        assert outcome.num_epochs == most
+        assert outcome.whole
+        assert (outcome.pruned == 0) == (strategy is random_search)
+
+
+def test_our_sampler_needs_fewer_epochs_than_random_search():
+    table = Table.load("digits-student")
+    target, most = table.target(0.99), 40 * table.num_epochs
+
+    def epochs(strategy, seed):
+        outcome = simulate(
+            strategy([table], seed),
+            {table.name: table},
+            slots=2,
+            is_over=lambda outcome: outcome.num_epochs >= most or outcome.first_at(table.name, target) is not None,
+        )
+        first = outcome.first_at(table.name, target)
+        return most if first is None else first.epochs
+
+    needed, needed_at_random = (
+        [epochs(strategy, seed) for seed in range(20)] for strategy in (ours(pruner="none"), random_search)
+    )
+    assert sum(needed) < 0.8 * sum(needed_at_random)
