@@ -3,18 +3,18 @@ import pytest
 
 from refilled.config import RunConfig
 from tune.reuse import EmbeddingChoice
-from tune.studies import Rules, StudyPlan, StudySearcher
+from tune.studies import Budget, Rules, StudyPlan, StudySearcher
 
 RUN = RunConfig(method="refilled", epochs=(4, 2))
 PLAN = StudyPlan(key="a", name="s", run=RUN, num_trials=60, num_epochs=6)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def run_all(value_of, num_trials=60, rules=None):
+def run_all(value_of, num_trials=60, rules=None, budget=Budget()):  # noqa: B008  # frozen
     """Trials one after the other; a trial that re-uses repeats its stage's rows as shared ones."""
     storage = optuna.storages.InMemoryStorage()
     plan = StudyPlan(key="a", name="s", run=RUN, num_trials=num_trials, num_epochs=6)
-    searcher = StudySearcher([plan], storage, rules or Rules(share_embeddings=True, pruner="none"))
+    searcher = StudySearcher([plan], storage, rules or Rules(share_embeddings=True, pruner="none"), budget)
     index = 0
     while isinstance(suggestion := searcher.suggest(str(index)), dict):
         for epoch in range(1, 7):
@@ -49,6 +49,12 @@ def test_a_trial_that_reuses_has_the_stage_of_an_earlier_one_and_a_classifier_of
     counts = searcher.counts("a")
     assert counts.epochs_shared == 4 * len(reused)
     assert counts.epochs + counts.epochs_shared == 6 * 60
+
+
+def test_shared_epochs_cost_nothing_of_the_budget():
+    counts = run_all(lambda each: 0.5, budget=Budget(max_epochs_total=150)).counts("a")
+    assert 150 - 6 < counts.epochs <= 150
+    assert counts.epochs_shared > 0
 
 
 def test_the_better_way_is_taken_more_often():
