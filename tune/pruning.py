@@ -25,12 +25,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from refilled.config.search import Pruner
 
-# The share kept is 1 / REDUCTION at every rung, and rungs grow by the same factor (Li et al., 2020, use 3 or 4).
-REDUCTION = 3
+# Of the trials at a rung one in this many goes on.
+REDUCTION = 2
+# Where trials are judged, as parts of a run. Classical halving begins at an eighth and would train far less, but there
+# a trial's rank says nothing of its end: while learning rates are high, and in stage embedding, the rank correlation
+# with the final values was 0.0 on recorded runs (0.1 after 3 of 12 epochs on CIFAR-100), 0.9 after three quarters.
+HALVING_PARTS = (3 / 4, 5 / 6)
+MEDIAN_PARTS = (2 / 3, 5 / 6)
 # A cell prunes nothing before this many of its trials have reached a rung: best of two says little.
 MIN_TRIALS = 4
-# The first rung is at one of this many equal parts of a run.
-PARTS = 8
 
 Visible = Callable[[FrozenTrial, FrozenTrial], bool]
 """Whether the first trial may be looked at when the second is judged."""
@@ -51,7 +54,7 @@ def make_pruner(
         kind: halving: `HalvingPruner`. hyperband: `HyperbandPruner`. median: `MedianPruner`. none: nobody is stopped.
         num_epochs: epochs of a whole run.
         rungs: epochs at which trials are judged; none: those of `halving_rungs` or `median_rungs`.
-        reduction: of halving and hyperband, and how far their rungs lie apart; see `HalvingPruner`.
+        reduction: of halving and hyperband; see `HalvingPruner`.
         min_trials: nobody is stopped at a rung that fewer trials have reached, the judged one included.
         visible: see `RungPruner`.
     """
@@ -61,30 +64,22 @@ def make_pruner(
         rungs = median_rungs(num_epochs) if rungs is None else rungs
         return MedianPruner(tuple(rungs), min_trials=min_trials, visible=visible)
     pruner = HalvingPruner if kind == "halving" else HyperbandPruner
-    rungs = halving_rungs(num_epochs, reduction) if rungs is None else rungs
+    rungs = halving_rungs(num_epochs) if rungs is None else rungs
     return pruner(tuple(rungs), reduction=reduction, min_trials=min_trials, visible=visible)
 
 
-def halving_rungs(num_epochs: int, reduction: int = REDUCTION) -> tuple[int, ...]:
-    """Epochs at which a run of `num_epochs` epochs is judged: an eighth of it, then `reduction` times that.
-
-    A run of at most 4 epochs is judged once, halfway; a run of one epoch never.
-    """
-    if num_epochs <= 4:
-        return ((num_epochs + 1) // 2,) if num_epochs > 1 else ()
-    rungs = [math.ceil(num_epochs / PARTS)]
-    while rungs[-1] * reduction < num_epochs:
-        rungs.append(rungs[-1] * reduction)
-    return tuple(rungs)
+def halving_rungs(num_epochs: int) -> tuple[int, ...]:
+    """Epochs at which a run of `num_epochs` epochs is judged by halving; a run of at most 2 epochs never is."""
+    return _rungs(num_epochs, HALVING_PARTS)
 
 
 def median_rungs(num_epochs: int) -> tuple[int, ...]:
-    """Every eighth of a run from the first rung of `halving_rungs` on.
+    """Epochs at which a run of `num_epochs` epochs is judged by the median; a run of at most 2 epochs never is."""
+    return _rungs(num_epochs, MEDIAN_PARTS)
 
-    Judged at every epoch, a trial would go for its first bad one.
-    """
-    rungs = halving_rungs(num_epochs)
-    return tuple(range(rungs[0], num_epochs, rungs[0])) if rungs else ()
+
+def _rungs(num_epochs: int, parts: Sequence[float]) -> tuple[int, ...]:
+    return tuple(sorted({min(round(part * num_epochs), num_epochs - 1) for part in parts})) if num_epochs > 2 else ()
 
 
 class RungPruner(BasePruner):
@@ -159,7 +154,7 @@ class HyperbandPruner(HalvingPruner):
     Bracket 0 is judged at all rungs, the next one not at the first, and so on; the last one is never judged. A trial
     competes within its bracket alone, and which one that is follows from its number. A bracket with s rungs gets
     reduction^s / (s + 1) parts of the trials, so that all brackets train about as many epochs. With two rungs that is
-    6, 3 and 2 of 11: a study of few trials stops few of them.
+    4, 3 and 3 of 10: a study of few trials stops few of them.
     """
 
     def rungs_of(self, trial: FrozenTrial) -> tuple[int, ...]:

@@ -43,17 +43,20 @@ class Study:
 
 @pytest.mark.parametrize("num_epochs", [1, 2, 4, 5, 8, 30, 80, 240])
 def test_rungs_lie_within_a_run(num_epochs):
-    for rungs in (halving_rungs(num_epochs), halving_rungs(num_epochs, 2), median_rungs(num_epochs)):
+    for rungs in (halving_rungs(num_epochs), median_rungs(num_epochs)):
         assert list(rungs) == sorted(set(rungs))
         assert all(1 <= rung < num_epochs for rung in rungs)
-        assert bool(rungs) is (num_epochs > 1)
+        assert bool(rungs) is (num_epochs > 2)
 
 
-def test_median_judges_every_eighth():
-    assert median_rungs(1) == ()
-    assert median_rungs(4) == (2,)
-    assert median_rungs(8) == (1, 2, 3, 4, 5, 6, 7)
-    assert median_rungs(80) == (10, 20, 30, 40, 50, 60, 70)
+def test_rungs_lie_where_ranks_have_meaning():
+    assert [halving_rungs(count) for count in (2, 3, 4, 12, 80)] == [(), (2,), (3,), (9, 10), (60, 67)]
+    assert [median_rungs(count) for count in (2, 3, 4, 12, 80)] == [(), (2,), (3,), (8, 10), (53, 67)]
+
+
+def early(kind, **more):
+    """A pruner whose rungs lie so that the tests below can be read."""
+    return make_pruner(kind, 80, rungs=(10, 30), reduction=3, **more)
 
 
 def test_every_kind_has_its_pruner():
@@ -61,11 +64,10 @@ def test_every_kind_has_its_pruner():
     for kind in JUDGING:
         pruner = make_pruner(kind, 80)
         assert type(pruner) is kinds[kind]
-        assert pruner.rungs == (median_rungs(80) if kind == "median" else (10, 30))
+        assert pruner.rungs == (median_rungs(80) if kind == "median" else halving_rungs(80))
         assert make_pruner(kind, 80, rungs=[7, 9]).rungs == (7, 9)
     for kind in ("halving", "hyperband"):
-        pruner = make_pruner(kind, 80, reduction=2)
-        assert (pruner.rungs, pruner.reduction) == ((10, 20, 40), 2)
+        assert make_pruner(kind, 80, reduction=5).reduction == 5
     assert isinstance(make_pruner("none", 80), optuna.pruners.NopPruner)
 
 
@@ -104,11 +106,11 @@ def test_trials_are_judged_at_rungs_alone(kind):
 
 @pytest.mark.parametrize("kind", JUDGING)
 def test_failed_trials_are_no_rivals_and_running_ones_are(kind):
-    study = Study(make_pruner(kind, 80))
+    study = Study(early(kind))
     for _ in range(12):
         assert not study.run({10: 0.9, 30: 0.9}, state=TrialState.FAIL)
     assert not any(study.run({10: 0.1, 30: 0.1}) for _ in range(12))  # nobody was better
-    study = Study(make_pruner(kind, 80))
+    study = Study(early(kind))
     for _ in range(12):
         trial = study.begin()
         for epoch in (10, 30):
@@ -125,7 +127,7 @@ def test_only_visible_trials_are_rivals(kind):
 
     decisions = []
     for order in (range(generation), range(generation - 1, -1, -1)):  # who reports first
-        study = Study(make_pruner(kind, 80, visible=is_earlier))
+        study = Study(early(kind, visible=is_earlier))
         decided = {}
         for start in (0, generation):
             trials = [study.begin() for _ in range(generation)]
@@ -136,14 +138,14 @@ def test_only_visible_trials_are_rivals(kind):
     assert decisions[0] == decisions[1]
     assert not any(decisions[0][number] for number in range(generation))  # nobody was there before them
     assert any(decisions[0].values())
-    blind = Study(make_pruner(kind, 80, visible=lambda other, trial: False))
+    blind = Study(early(kind, visible=lambda other, trial: False))
     assert not any(blind.run({10: 1 - index / 20}) for index in range(20))
 
 
 @pytest.mark.parametrize("kind", JUDGING)
 def test_fewer_than_min_trials_stop_nobody(kind):
     for min_trials in (2, 6):
-        study = Study(make_pruner(kind, 80, min_trials=min_trials))
+        study = Study(early(kind, min_trials=min_trials))
         stopped = [study.run({10: 1 - index / 40, 30: 1 - index / 40}) for index in range(30)]
         assert not any(stopped[: min_trials - 1])
         if kind == "halving":  # of 6 two go on; of 2 one does
@@ -152,7 +154,7 @@ def test_fewer_than_min_trials_stop_nobody(kind):
 
 
 def test_a_bracket_competes_within_itself_and_starts_later():
-    pruner = HyperbandPruner((10, 30))
+    pruner = HyperbandPruner((10, 30), reduction=3)
     study = Study(pruner)
     trials = [study.begin() for _ in range(110)]
     frozen = study.study.trials
@@ -185,7 +187,7 @@ def test_the_median_is_of_the_same_epoch_not_of_the_best_so_far():
         study.run(fails_later)
         return study.study.trials[-1].last_step
 
-    assert stopped_at(make_pruner("median", 8)) == 5
+    assert stopped_at(make_pruner("median", 8, rungs=range(1, 8))) == 5
     optunas = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1)
     assert stopped_at(optunas) == 7  # its best value is of the other stage; only the last epoch's median is above it
 

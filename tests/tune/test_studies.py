@@ -8,7 +8,7 @@ from ray.tune.search import Searcher
 
 from refilled.config import RunConfig
 from refilled.errors import UserError
-from tune.pruning import HalvingPruner, halving_rungs
+from tune.pruning import HalvingPruner
 from tune.studies import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage, overrides_of
 
 EPOCHS = 8
@@ -24,6 +24,11 @@ def plan(key="cell", *, num_trials=6, num_epochs=EPOCHS, method="kd"):
         num_epochs=num_epochs,
         attributes={"student_classes": ["a", "b"]},
     )
+
+
+def early(plan, visible):
+    """Judges after the first and the third of the eight epochs."""
+    return HalvingPruner((1, 3), reduction=3)
 
 
 @pytest.fixture
@@ -153,7 +158,7 @@ def test_an_end_before_the_last_row_fails_the_trial(memory, rows, error, reason)
 
 
 def test_a_stopped_trial_is_pruned_with_the_value_and_epoch_where_it_stopped(memory):
-    searcher = StudySearcher([plan()], memory, Rules(seed=0, transfer=False))
+    searcher = StudySearcher([plan()], memory, Rules(seed=0, transfer=False, make_pruner=early))
     for index in range(4):
         run_trial(searcher, f"good{index}", [0.8] * EPOCHS)
     bad = run_trial(searcher, "bad", [0.3] * EPOCHS)
@@ -306,24 +311,24 @@ def test_what_the_budget_has_no_room_for_any_more_does_not_stay_running(memory):
 def test_an_interrupted_trial_does_not_compete_with_itself(memory):
     for value, is_stopped in ((0.5, False), (0.2, True)):
         plans = [plan(f"cell{value}", num_trials=20)]
-        first = StudySearcher(plans, memory, Rules(seed=0, transfer=False))
+        first = StudySearcher(plans, memory, Rules(seed=0, transfer=False, make_pruner=early))
         for index, other in enumerate([0.9, 0.4, 0.3]):
             run_trial(first, f"t{index}", [other] * EPOCHS)
         for driver in range(4):  # killed at the same epoch again and again
-            searcher = StudySearcher(plans, memory, Rules(seed=driver, transfer=False))
+            searcher = StudySearcher(plans, memory, Rules(seed=driver, transfer=False, make_pruner=early))
             searcher.suggest("x")
             assert (report(searcher, "x", make_row(1, value)) == "STOP") is is_stopped
 
 
 def test_a_run_that_lost_its_folder_is_judged_where_it_is_not_where_it_was(memory):
-    first = StudySearcher([plan(num_trials=20)], memory, Rules(seed=0, transfer=False))
+    first = StudySearcher([plan(num_trials=20)], memory, Rules(seed=0, transfer=False, make_pruner=early))
     for index in range(3):
         run_trial(first, f"t{index}", [0.9] * EPOCHS)
     first.suggest("x")
     values = {1: 0.95, 2: 0.1, 3: 0.1}
     for epoch, value in values.items():
         first.on_trial_result("x", make_row(epoch, value))
-    reopened = StudySearcher([plan(num_trials=20)], memory, Rules(seed=0, transfer=False))
+    reopened = StudySearcher([plan(num_trials=20)], memory, Rules(seed=0, transfer=False, make_pruner=early))
     number = reopened.suggest("x")["number"]
     assert [report(reopened, "x", make_row(*each)) for each in values.items()] == ["CONTINUE", "CONTINUE", "STOP"]
     reopened.on_trial_complete("x", make_row(3, 0.1))
@@ -410,21 +415,8 @@ def test_a_storage_that_cannot_be_reached_is_the_users_to_change(url):
     assert "\n" not in str(caught.value)
 
 
-def test_rungs_grow_by_the_reduction_and_stay_below_the_end():
-    assert halving_rungs(1) == ()
-    assert halving_rungs(2) == (1,)
-    assert halving_rungs(4) == (2,)
-    assert halving_rungs(8) == (1, 3)
-    assert halving_rungs(80) == (10, 30)
-    assert halving_rungs(400) == (50, 150)
-    for num_epochs in range(1, 500):
-        rungs = halving_rungs(num_epochs)
-        assert all(1 <= rung < num_epochs for rung in rungs)
-        assert len(rungs) <= 3
-
-
 def test_the_pruner_keeps_a_third_and_whoever_equals_it():
-    pruner = HalvingPruner((2, 6))
+    pruner = HalvingPruner((2, 6), reduction=3)
     study = optuna.create_study(direction="maximize", pruner=pruner)
 
     def is_pruned(value, state=None, epochs=(1, 2)):
