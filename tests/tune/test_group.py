@@ -47,7 +47,11 @@ def body(job: str, config: Mapping[str, Any], storage: str, *, on_report: Callab
         if rank() == 0:
             kept.write_text(str(epoch))
         bundles = ray.util.get_current_placement_group().id.hex()
-        on_report({"epoch": epoch, "total": total.item(), "pids": pids, "bundles": bundles})
+        try:
+            on_report({"epoch": epoch, "total": total.item(), "pids": pids, "bundles": bundles})
+        except BaseException as error:
+            (Path(storage) / f"{config['name']} left by {rank()}").write_text(type(error).__name__)
+            raise
 
 
 def has_accident(accident: str, rank: int) -> None:
@@ -105,6 +109,8 @@ def test_processes_are_kept_through_ends_stops_and_divergence(local_ray: None, t
     assert not errors
     assert epochs(rows["first"]) == epochs(rows["last"]) == [1, 2, 3]
     assert epochs(rows["stopped"]) == [1, 2]
+    left_by = [(tmp_path / f"stopped left by {rank}").read_text() for rank in range(2)]
+    assert left_by == ["SystemExit", "_LeftByRankZero"]
     assert [row["total"] for row in rows["last"]] == [2.0, 4.0, 6.0]
     assert epochs(rows["diverged"]) == [1, 2]
     last_word = rows["diverged"][-1]

@@ -200,9 +200,11 @@ def test_test_labels_are_out_of_the_searchs_reach(tmp_path: Path) -> None:
     assert shuffled[0]["test_accuracy"][0] < 0.4  # chance is 0.2
 
 
-def test_trials_on_two_workers_run_on_a_torch_trainer(tmp_path: Path) -> None:
-    small = {"method": "student", "overlaps": "1", "trials": "2", "seeds": "1"}
+@pytest.mark.parametrize("backend", ["auto", "torch_trainer"])
+def test_trials_on_two_workers(tmp_path: Path, backend: str) -> None:
+    small = {"method": "student", "overlaps": "1", "trials": "2", "seeds": "1", "trial_backend": backend}
     summary = search(tmp_path, **small, workers_per_trial="2", cpus_per_worker="0.5")
+    assert bool(list((tmp_path / "ray").glob("trial-*"))) == (backend == "torch_trainer")  # Ray Train's own folders
     assert summary[0]["trials"]["complete"] + summary[0]["trials"]["pruned"] == 2
     assert summary[0]["trials"]["failed"] == 0
     assert summary[0]["test_accuracy"][0] > 0.5

@@ -1,0 +1,179 @@
+"""The searches that are compared, each made of the real classes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.search.optuna import OptunaSearch
+from replay.simulation import Contestant, Suggestion
+from replay.table import Point, Table, point_of
+
+from tune.pruning import HalvingPruner, MedianPruner
+from tune.space import sample
+from tune.studies import Rules, StudyPlan, StudyScheduler, StudySearcher
+
+METRIC = "val_accuracy"
+Strategy = Callable[[Sequence[Table], int], Contestant]
+"""Makes a search of these problems from a seed."""
+
+
+def ours(*, num_trials: int = 1000, chained: bool = True, **rules: Any) -> Strategy:
+    """The platform's own searcher and scheduler, storage in memory.
+
+    Args:
+        num_trials: of every cell.
+        chained: whether every table is a donor to the next one; without effect where the rules say no transfer.
+        rules: fields of `tune.studies.Rules`.
+    """
+
+    def make(tables: Sequence[Table], seed: int) -> Contestant:
+        names = [table.name for table in tables]
+        plans = [
+            StudyPlan(
+                key=table.name,
+                name=table.name,
+                run=table.run,
+                num_trials=num_trials,
+                num_epochs=table.num_epochs,
+                donors=tuple(names[max(0, index - 1) : index]) if chained else (),
+            )
+            for index, table in enumerate(tables)
+        ]
+        searcher = StudySearcher(plans, optuna.storages.InMemoryStorage(), Rules(seed=seed, **rules))
+
+        def read(suggestion: Suggestion) -> tuple[str, Point]:
+            return suggestion["cell"], point_of(suggestion["overrides"])
+
+        return Contestant(searcher, StudyScheduler(searcher), read)
+
+    return make
+
+
+def random_search(tables: Sequence[Table], seed: int) -> Contestant:
+    """Random search, every trial to its end."""
+    return _ray_search(tables, FIFOScheduler(), sampler=RandomSampler(seed=seed))
+
+
+def ray_default(tables: Sequence[Table], seed: int) -> Contestant:
+    """What Ray's documentation shows: OptunaSearch and ASHAScheduler with their defaults, time counted in epochs."""
+    (table,) = tables
+    scheduler = ASHAScheduler(time_attr="epoch", metric=METRIC, mode="max", max_t=table.num_epochs)
+    return _ray_search(tables, scheduler, seed=seed)
+
+
+def _ray_search(tables: Sequence[Table], scheduler: Any, **how: Any) -> Contestant:
+    (table,) = tables
+
+    def space(trial: optuna.Trial) -> None:
+        sample(trial, table.run)
+
+    searcher = OptunaSearch(space, metric=METRIC, mode="max", **how)
+
+    def read(suggestion: Suggestion) -> tuple[str, Point]:
+        return table.name, dict(suggestion)
+
+    return Contestant(searcher, scheduler, read)
+
+
+def tpe(**settings: Any) -> Callable[[StudyPlan, int], BaseSampler]:
+    """A TPE sampler with settings of its own, for `Rules.make_sampler`."""
+
+    def make(plan: StudyPlan, seed: int) -> BaseSampler:
+        with warnings.catch_warnings():
+            # `group` and `constant_liar` are marked experimental since 2021.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return TPESampler(seed=seed % 2**32, **settings)
+
+    return make
+
+
+def gp(**settings: Any) -> Callable[[StudyPlan, int], BaseSampler]:
+    """A Gaussian process with settings of its own, for `Rules.make_sampler`."""
+
+    def make(plan: StudyPlan, seed: int) -> BaseSampler:
+        return GPSampler(seed=seed % 2**32, warn_independent_sampling=False, **settings)
+
+    return make
+
+
+def halving(*parts: float, reduction: int = 3, min_trials: int = 4) -> Callable[[StudyPlan, Any], BasePruner]:
+    """A halving pruner with rungs at these parts of a run, for `Rules.make_pruner`."""
+
+    def make(plan: StudyPlan, visible: Any) -> BasePruner:
+        rungs = tuple(sorted({max(1, round(part * plan.num_epochs)) for part in parts}))
+        return HalvingPruner(rungs, reduction=reduction, min_trials=min_trials, visible=visible)
+
+    return make
+
+
+def median(*parts: float, min_trials: int = 4) -> Callable[[StudyPlan, Any], BasePruner]:
+    """A median pruner with rungs at these parts of a run, for `Rules.make_pruner`."""
+
+    def make(plan: StudyPlan, visible: Any) -> BasePruner:
+        rungs = tuple(sorted({max(1, round(part * plan.num_epochs)) for part in parts}))
+        return MedianPruner(rungs, min_trials=min_trials, visible=visible)
+
+    return make
+
+
+_JOINT = {"multivariate": True, "group": True}
+RANDOM = "random, no pruner"
+LATE = halving(3 / 4, 5 / 6, reduction=2)
+MAIN: Mapping[str, Strategy] = {
+    RANDOM: random_search,
+    "ours": ours(),
+    "ours, no pruner": ours(pruner="none"),
+    "ours, pruned late": ours(make_pruner=LATE),
+    "Ray's OptunaSearch + ASHA": ray_default,
+}
+SAMPLERS: Mapping[str, Strategy] = {
+    "tpe as it is": ours(pruner="none"),
+    "tpe, 4 random": ours(pruner="none", make_sampler=tpe(n_startup_trials=4, **_JOINT)),
+    "tpe, 4 random, 128 candidates": ours(
+        pruner="none", make_sampler=tpe(n_startup_trials=4, n_ei_candidates=128, **_JOINT)
+    ),
+    "tpe, 20 random": ours(pruner="none", make_sampler=tpe(n_startup_trials=20, **_JOINT)),
+    "tpe, no group": ours(pruner="none", make_sampler=tpe(multivariate=True)),
+    "tpe, univariate": ours(pruner="none", make_sampler=tpe(multivariate=False)),
+    "tpe, no constant liar": ours(pruner="none", make_sampler=tpe(constant_liar=False, **_JOINT)),
+    "qmc": ours(pruner="none", sampler="qmc"),
+    "random after the default": ours(pruner="none", sampler="random"),
+}
+SLOW_SAMPLERS: Mapping[str, Strategy] = {
+    "gp, 4 random": ours(pruner="none", make_sampler=gp(n_startup_trials=4)),
+    "gp, 6 random": ours(pruner="none", make_sampler=gp(n_startup_trials=6)),
+    "gp as it is": ours(pruner="none", sampler="gp"),
+    "gp, 4 random, pruned late": ours(make_pruner=LATE, make_sampler=gp(n_startup_trials=4)),
+}
+"""A Gaussian process takes up to a second a suggestion."""
+PRUNERS: Mapping[str, Strategy] = {
+    "halving as it is": ours(),
+    "hyperband": ours(pruner="hyperband"),
+    "median": ours(pruner="median"),
+    "none": ours(pruner="none"),
+    "halving at 2/3": ours(make_pruner=halving(2 / 3)),
+    "halving at 2/3, keep half": ours(make_pruner=halving(2 / 3, reduction=2)),
+    "halving at 3/4 and 5/6, keep half": ours(make_pruner=LATE),
+    "halving at 5/6": ours(make_pruner=halving(5 / 6)),
+    "median at 2/3 and 5/6": ours(make_pruner=median(2 / 3, 5 / 6)),
+    "halving as it is, random points": ours(sampler="random"),
+}
+DETERMINISM: Mapping[str, Strategy] = {
+    "as trials end": ours(),
+    "by generations of 4": ours(deterministic=True),
+    "by generations of 8": ours(deterministic=True, generation=8),
+}
+GROUPS: Mapping[str, Mapping[str, Strategy]] = {
+    "main": MAIN,
+    "samplers": SAMPLERS,
+    "slow_samplers": SLOW_SAMPLERS,
+    "pruners": PRUNERS,
+    "determinism": DETERMINISM,
+}
+"""What the benchmark compares on one problem, by group; every group is compared with `RANDOM`."""
