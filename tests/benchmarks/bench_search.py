@@ -31,7 +31,7 @@ import numpy as np
 import optuna
 from machine import machine_line
 from replay.simulation import Outcome, simulate
-from replay.strategies import GROUPS, LATE, RANDOM, Strategy, ours
+from replay.strategies import GROUPS, RANDOM, Strategy, ours
 from replay.table import CURVES, Row, Table
 
 NUM_RESAMPLES = 10_000
@@ -40,8 +40,6 @@ TRANSFER: Mapping[str, Callable[[int], Strategy]] = {
     "ours, no transfer": lambda trials: ours(num_trials=trials, transfer=False),
     "no pruner, transfer": lambda trials: ours(num_trials=trials, pruner="none"),
     "no pruner, no transfer": lambda trials: ours(num_trials=trials, pruner="none", transfer=False),
-    "pruned late, transfer": lambda trials: ours(num_trials=trials, make_pruner=LATE),
-    "pruned late, no transfer": lambda trials: ours(num_trials=trials, make_pruner=LATE, transfer=False),
 }
 
 

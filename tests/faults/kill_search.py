@@ -3,8 +3,8 @@
     python tests/faults/kill_search.py --kills 10 --seed 0
 
 Two small deterministic searches of the digits: one runs through, of the other the driver, or its whole process group
-(Ray and the workers too), gets SIGKILL at moments drawn from the seed, and the same command is started again. At the
-end every study must hold the same trials: number, state, settings, values by epoch, value.
+(Ray and the workers too), gets SIGKILL at moments of its trials drawn from the seed, and the same command is started
+again. At the end every study must hold the same trials: number, state, settings, values by epoch, value.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import optuna
 
 ROOT = Path(__file__).parents[2]
 SEARCH = (
-    "--deterministic --trials 6 --generation 2 --seeds 1 --overlaps 1 --epochs 3 4 --teacher-epochs 4 --no-forecast"
+    "--deterministic --trials 10 --generation 2 --seeds 1 --overlaps 1 --epochs 6 10 --teacher-epochs 4 --no-forecast"
 )
 
 
@@ -53,8 +53,12 @@ def run_through(storage: Path, flags: str = SEARCH) -> str:
 
 
 def kill_after(storage: Path, seconds: float, *, whole_group: bool, flags: str = SEARCH) -> bool:
-    """Start a search and kill it after so many seconds; whether it was still running then."""
+    """Start a search and kill it so long after its trials begin; whether it was still running then."""
     process = start(storage, flags)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "] searching" in line:
+            break
     try:
         process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -62,7 +66,7 @@ def kill_after(storage: Path, seconds: float, *, whole_group: bool, flags: str =
             os.killpg(process.pid, signal.SIGKILL)
         else:
             os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
         return True
     return False
 
@@ -104,12 +108,13 @@ def main() -> int:
         print(f"undisturbed: {whole_s:.1f} s; seed {arguments.seed}")
         done = 0
         while done < arguments.kills:
-            seconds, whole_group = draws.uniform(0.15, 0.9) * whole_s, draws.random() < 0.5
+            seconds, whole_group = draws.uniform(0.5, 6.0), draws.random() < 0.5
             was_running = kill_after(base / "killed", seconds, whole_group=whole_group)
             states = [trial["state"] for trials in trials_of(base / "killed").values() for trial in trials]
             counts = {state: states.count(state) for state in sorted(set(states))}
             who = "process group" if whole_group else "driver"
-            print(f"{'killed' if was_running else 'had ended'} after {seconds:.1f} s ({who}): {json.dumps(counts)}")
+            what = "killed" if was_running else "had ended"
+            print(f"{what} {seconds:.1f} s after trials began ({who}): {json.dumps(counts)}", flush=True)
             done += 1
         run_through(base / "killed")
         expected, found = trials_of(base / "undisturbed"), trials_of(base / "killed")

@@ -63,6 +63,7 @@ def has_accident(accident: str, rank: int) -> None:
     if accident == "rank 0 sleeps" and rank == 0:
         tune.group.STUCK_S = 0.5
         time.sleep(100)
+        return
     if rank != int(not accident.startswith("rank 0 ")) and accident != "rank 0 sleeps":
         return
     if "killed" in accident or "sleeps" in accident:

@@ -124,12 +124,12 @@ def median(*parts: float, min_trials: int = 4) -> Callable[[StudyPlan, Any], Bas
 
 _JOINT = {"multivariate": True, "group": True}
 RANDOM = "random, no pruner"
-LATE = halving(3 / 4, 5 / 6, reduction=2)
+EARLY = halving(1 / 8, 3 / 8, reduction=3)
 MAIN: Mapping[str, Strategy] = {
     RANDOM: random_search,
     "ours": ours(),
     "ours, no pruner": ours(pruner="none"),
-    "ours, pruned late": ours(make_pruner=LATE),
+    "ours, judged from 1/8 on": ours(make_pruner=EARLY),
     "Ray's OptunaSearch + ASHA": ray_default,
 }
 SAMPLERS: Mapping[str, Strategy] = {
@@ -149,9 +149,10 @@ SLOW_SAMPLERS: Mapping[str, Strategy] = {
     "gp, 4 random": ours(pruner="none", make_sampler=gp(n_startup_trials=4)),
     "gp, 6 random": ours(pruner="none", make_sampler=gp(n_startup_trials=6)),
     "gp as it is": ours(pruner="none", sampler="gp"),
-    "gp, 4 random, pruned late": ours(make_pruner=LATE, make_sampler=gp(n_startup_trials=4)),
+    "tpe, 4 random": SAMPLERS["tpe, 4 random"],
+    "tpe as it is": SAMPLERS["tpe as it is"],
 }
-"""A Gaussian process takes up to a second a suggestion."""
+"""A Gaussian process takes up to a second a suggestion; it is compared with the sampler that it would replace."""
 PRUNERS: Mapping[str, Strategy] = {
     "halving as it is": ours(),
     "hyperband": ours(pruner="hyperband"),
@@ -159,10 +160,11 @@ PRUNERS: Mapping[str, Strategy] = {
     "none": ours(pruner="none"),
     "halving at 2/3": ours(make_pruner=halving(2 / 3)),
     "halving at 2/3, keep half": ours(make_pruner=halving(2 / 3, reduction=2)),
-    "halving at 3/4 and 5/6, keep half": ours(make_pruner=LATE),
+    "halving at 3/4 and 5/6, keep half": ours(make_pruner=halving(3 / 4, 5 / 6, reduction=2)),
     "halving at 5/6": ours(make_pruner=halving(5 / 6)),
-    "median at 2/3 and 5/6": ours(make_pruner=median(2 / 3, 5 / 6)),
-    "halving as it is, random points": ours(sampler="random"),
+    "median at every quarter": ours(make_pruner=median(1 / 4, 1 / 2, 3 / 4)),
+    "halving at 1/8 and 3/8, keep a third": ours(make_pruner=EARLY),
+    "the same, random points": ours(make_pruner=EARLY, sampler="random"),
 }
 DETERMINISM: Mapping[str, Strategy] = {
     "as trials end": ours(),
