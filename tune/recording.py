@@ -133,7 +133,12 @@ class SearchCallback(Callback):  # type: ignore[misc]  # Ray has no types
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial ended by itself or was stopped."""
-        self._ended(trial, "complete" if trial.last_result.get("finished") else "pruned")
+        row = trial.last_result or {}
+        if "failure" in row:  # a trial's last word, see `tune.worker`
+            self._progress.note(f"A trial of {trial.config['cell']} failed: {row['failure']}")
+            self._ended(trial, "failed")
+        else:
+            self._ended(trial, "complete" if row.get("finished") else "pruned")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed."""

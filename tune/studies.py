@@ -262,6 +262,8 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray has no types
 
 
 def _failure(live: _Live, error: bool) -> str:
+    if live.last_row is not None and "failure" in live.last_row:
+        return str(live.last_row["failure"])
     if not live.is_finite:
         return "a validation accuracy was not finite"
     if error:

@@ -131,6 +131,15 @@ def test_a_value_that_is_not_finite_stops_and_fails_the_trial(memory, value):
     assert "finite" in trial.user_attrs["failure"]
 
 
+def test_a_trials_own_reason_is_kept(memory):
+    searcher = StudySearcher([plan()], memory, Rules())
+    searcher.suggest("t")
+    assert report(searcher, "t", make_row(1, math.nan, failure="the loss is nan in epoch 1")) == "STOP"
+    searcher.on_trial_complete("t", make_row(1, math.nan, failure="the loss is nan in epoch 1"))
+    (trial,) = trials_of(memory, plan())
+    assert (trial.state, trial.user_attrs["failure"]) == (TrialState.FAIL, "the loss is nan in epoch 1")
+
+
 def test_a_last_row_with_a_value_that_is_not_finite_fails_the_trial(memory):
     searcher = StudySearcher([plan()], memory, Rules(seed=0, transfer=False))
     searcher.suggest("t")
