@@ -108,7 +108,7 @@ def main() -> int:
         print(f"undisturbed: {whole_s:.1f} s; seed {arguments.seed}")
         done = 0
         while done < arguments.kills:
-            seconds, whole_group = draws.uniform(0.5, 6.0), draws.random() < 0.5
+            seconds, whole_group = draws.uniform(1.0, 15.0), draws.random() < 0.5
             was_running = kill_after(base / "killed", seconds, whole_group=whole_group)
             states = [trial["state"] for trials in trials_of(base / "killed").values() for trial in trials]
             counts = {state: states.count(state) for state in sorted(set(states))}

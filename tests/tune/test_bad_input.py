@@ -134,7 +134,7 @@ def test_trial_that_can_never_fit_is_refused_with_the_numbers(
         check=False,
     )
     assert done.returncode == 2
-    assert "one trial needs 999 CPUs" in done.stderr
+    assert "one worker needs 999 CPUs and 0 GPUs, the largest node has" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
