@@ -129,7 +129,7 @@ def _open(recorder: Any, cell: Cell, run: RunConfig, *, refit: bool) -> None:
     if refit:
         recorder.open_refit(cell, run, "method")
     else:
-        recorder.open_trial(cell, run, 0)
+        recorder.open_trial(cell, run, 0, "given")
 
 
 class _Follower:

@@ -199,7 +199,7 @@ def test_a_study_is_written_and_continued_by_another_driver(open_again):
     assert trials[0].intermediate_values == dict.fromkeys(range(1, EPOCHS + 1), 0.8)
     assert trials[0].value == 0.8
     assert trials[4].intermediate_values == dict.fromkeys(range(1, 7), 0.3)
-    assert trials[4].user_attrs["epoch"] == 1
+    assert trials[4].user_attrs["epoch"] == 6
     assert trials[again].params == trials[6].params
     assert trials[again].intermediate_values == {1: 0.9, 2: 0.95} | dict.fromkeys(range(3, EPOCHS + 1), 0.97)
     assert second.best("cell").number == again

@@ -298,5 +298,6 @@ def test_a_study_is_told_that_its_trials_diverged(local_ray: None, prepared: Pat
     run_trials(function, searcher, StudyScheduler(searcher), slots=1, name="diverging", storage=prepared)
     trials = searcher.trials("cell")
     assert {trial.state.name for trial in trials} == {"FAIL"}
-    assert all("not finite" in trial.user_attrs["failure"] for trial in trials)
+    reasons = {trial.user_attrs["failure"] for trial in trials}
+    assert reasons == {"The loss is nan in epoch 2 (stage classifier)."}
     assert all(list(trial.intermediate_values) == [1] for trial in trials)  # of stage embedding, which went well
