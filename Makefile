@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+N ?= 50
 
-.PHONY: search test lint types report
+.PHONY: search test lint types report faults
 
 search: $(READY)
 	$(BIN)/python tune/search.py $(ARGS)
@@ -20,6 +21,10 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+# N faults of every kind, real processes and SIGKILL, against small searches of the digits; takes minutes.
+faults: $(READY)
+	$(BIN)/python tests/faults/inject.py --num $(N) $(ARGS)
 
 report: $(READY)
 	$(BIN)/python analysis/report.py $(ARGS)

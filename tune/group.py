@@ -23,7 +23,7 @@ from refilled import distributed
 from tune.cluster import Resources
 from tune.worker import FINAL_ERRORS, Body, Report, Row, WorkersLostError, with_last_word, work
 
-MAX_REPEATS = 2
+MAX_REPEATS = 5
 RENDEZVOUS_S = 60.0  # for all workers to find each other
 START_S = 120.0  # for a helper's process to start, in a bundle that is there already
 SETTLE_S = 30.0  # for helpers to leave a run that rank 0 has left

@@ -9,6 +9,12 @@ from typing import Any
 from tune.cluster import Resources
 from tune.worker import Job, train_fn_per_worker
 
+RESIZE_CHECK_S = 10.0  # between looks at whether an elastic group may grow
+# Each loss of a worker, and so of a node, counts, and a long run on nodes that come and go sees many. What fails for a
+# reason of its own fails within seconds, so that trying it so often is cheap.
+MAX_WORKER_FAILURES = 20
+MAX_CONTROLLER_LOSSES = 5
+
 
 def train_on_group(
     job: Job,
@@ -17,11 +23,15 @@ def train_on_group(
     resources: Resources,
     name: str,
     *,
+    most_workers: int | None = None,
     num_sharing_runs: int = 1,
     share_embeddings: bool = False,
     callbacks: tuple[Any, ...] = (),
 ) -> None:
     """Do a job on a TorchTrainer group of `resources.num_workers` workers; its results are in the run's folder.
+
+    A group that loses a worker, that may grow, or whose controller is lost, is started again and continues from the
+    run's checkpoint.
 
     Args:
         job: see `tune.worker.work`.
@@ -29,6 +39,7 @@ def train_on_group(
         storage: absolute path shared by all workers.
         resources: of the group.
         name: of the Ray Train run.
+        most_workers: let the group grow to so many where the cluster has room; none: it keeps its size.
         num_sharing_runs: see `tune.worker.work`.
         share_embeddings: see `tune.worker.work`.
         callbacks: of Ray Train, such as the one that hands rows to Tune; without one no row goes through Ray.
@@ -38,9 +49,12 @@ def train_on_group(
         UserError: likewise.
         ray.train.TrainingFailedError: whatever else went wrong, again and again.
     """
+    import ray.exceptions
     import ray.train
     import ray.train.torch
 
+    least = resources.num_workers
+    is_elastic = most_workers is not None and most_workers > least
     trainer = ray.train.torch.TorchTrainer(
         train_fn_per_worker,
         train_loop_config={
@@ -54,7 +68,8 @@ def train_on_group(
             "reports": bool(callbacks),
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.num_workers,
+            num_workers=(least, most_workers) if is_elastic else least,
+            elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=resources.per_worker,
         ),
@@ -62,12 +77,19 @@ def train_on_group(
             name=name,
             storage_path=str(Path(storage) / "ray"),
             # A group that cannot start is retried for ever by default; five times is a minute or two.
-            failure_config=ray.train.FailureConfig(max_failures=2, controller_failure_limit=5),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=5),
             callbacks=list(callbacks),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    error = trainer.fit().return_value
+    for attempt in range(1 + MAX_CONTROLLER_LOSSES):
+        try:
+            error = trainer.fit().return_value
+        except ray.exceptions.ActorDiedError:  # the controller's process; its workers end with it
+            if attempt == MAX_CONTROLLER_LOSSES:
+                raise
+        else:
+            break
     if error is not None:
         raise error
 

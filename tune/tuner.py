@@ -11,7 +11,7 @@ from typing import Any
 from tune.cluster import Resources
 from tune.worker import Body, trial, work
 
-MAX_FAILURES = 2
+MAX_FAILURES = 5
 
 
 @dataclass(frozen=True)

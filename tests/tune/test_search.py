@@ -255,15 +255,3 @@ def test_shared_embedding_stages_save_epochs_and_the_search_says_how_many(tmp_pa
     assert trials["epochs_shared"] > 0
     assert trials["epochs_shared"] % 3 == 0  # whole stages
     assert len(list((tmp_path / "embeddings").iterdir())) > 0
-
-
-def test_a_killed_deterministic_search_holds_the_trials_of_an_undisturbed_one(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/faults/kill_search.py"), "--kills", "2", "--seed", "5"],
-        capture_output=True,
-        text=True,
-        timeout=290,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "equal" in done.stdout
