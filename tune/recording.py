@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
@@ -31,13 +31,13 @@ class Recorder:
         self._plan = plan
         self._common = {"search_key": plan.key, "code_version": code_version()}
 
-    def start_search(self, name: str | None = None) -> str:
+    def start_search(self, name: str | None = None) -> None:
         """Open the parent run."""
         search = self._plan.search
         first = self._plan.cells[0]
         grid = {name: value for name, value in search.flat().items() if not name.startswith("run.")}
         params = grid | {name.removeprefix("run."): value for name, value in search.flat().items() if name not in grid}
-        return self._tracker.start_search(
+        self._tracker.start_search(
             self._plan.key,
             name=name or f"search {self._plan.key}",
             params=params,
@@ -65,14 +65,15 @@ class Recorder:
         self._tracker.close_run(key, status=_STATUS[outcome], metrics=metrics, artifacts=artifacts)
         return key
 
-    def run_id(self, cell: Cell, run: RunConfig) -> str:
-        """MLflow's id of a run."""
-        return self._tracker.run_id(self.key(cell, run))
+    def run_ids(self, keys: Collection[str]) -> dict[str, str | None]:
+        """MLflow's ids of runs by their keys; none for those MLflow has not taken within seconds."""
+        return self._tracker.run_ids(keys)
 
     def mark_winner(self, cell: Cell, run: RunConfig) -> str:
-        """Tag the winning trial; returns its MLflow run id."""
-        self._tracker.tag_run(self.key(cell, run), {"winner": "true"})
-        return self._tracker.run_id(self.key(cell, run))
+        """Tag the winning trial; returns its key."""
+        key = self.key(cell, run)
+        self._tracker.tag_run(key, {"winner": "true"})
+        return key
 
     def open_refit(self, cell: Cell, run: RunConfig, role: str) -> None:
         """Mirror a refit that starts."""
@@ -80,7 +81,7 @@ class Recorder:
         self._open(cell, run, f"{cell.name} {role} refit seed {run.seed}", tags)
 
     def close_refit(self, cell: Cell, run: RunConfig, test_accuracy: float | None) -> str:
-        """End a refit with its test accuracy and its student, or as failed; returns its MLflow run id."""
+        """End a refit with its test accuracy and its student, or as failed; returns its key."""
         key = self.key(cell, run)
         if test_accuracy is None:
             self._tracker.close_run(key, status="FAILED", metrics={})
@@ -91,7 +92,7 @@ class Recorder:
                 metrics={"test_accuracy": test_accuracy},
                 artifacts=self.folder(cell, run).path,
             )
-        return self._tracker.run_id(key)
+        return key
 
     def key(self, cell: Cell, run: RunConfig) -> str:
         """Names a run within the experiment."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial
@@ -55,7 +55,7 @@ def refit_winners(
     for each in wanted.values():
         recorder.open_refit(each.cell, each.run, each.role)
     progress.start_jobs("refitting winners", len(wanted))
-    tested: dict[str, tuple[float | None, str]] = {}
+    tested: dict[str, float | None] = {}
     sharing = len(plan.search.students) * plan.search.seeds
     jobs = [JobSpec("refit", key, each.run, sharing) for key, each in wanted.items()]
     for result in run_jobs(jobs, plan.storage, resources):
@@ -64,7 +64,7 @@ def refit_winners(
         value = None if result.error else float(read_json(path)["test_accuracy"])
         if result.error is not None:
             progress.note(f"A refit of {each.cell.name} failed: {str(result.error).strip().splitlines()[-1]}")
-        tested[result.job.name] = value, recorder.close_refit(each.cell, each.run, value)
+        tested[recorder.close_refit(each.cell, each.run, value)] = value
         progress.job_ended()
     return _results(plan, winners, groups, tested, recorder)
 
@@ -111,29 +111,39 @@ def _results(
     plan: Plan,
     winners: Mapping[str, Winner],
     groups: Mapping[str, list[_Refit]],
-    tested: Mapping[str, tuple[float | None, str]],
+    tested: Mapping[str, float | None],
     recorder: Recorder,
 ) -> list[CellResult]:
     results = []
+    whole = {cell: group for cell, group in groups.items() if _is_whole(group, tested, recorder)}
+    winning = {
+        cell.name: recorder.mark_winner(cell, winners[cell.name].run)
+        for grid_cell in plan.cells
+        if grid_cell.name in whole
+        for cell in (plan.baseline_of(grid_cell), grid_cell)
+    }
+    run_ids = recorder.run_ids({*tested, *winning.values()})
     for cell in plan.cells:
-        group = groups.get(cell.name, [])
-        values = [tested[recorder.key(each.cell, each.run)] for each in group]
-        if not group or any(value is None for value, _ in values):
+        if cell.name not in whole:
             continue
-        by_role = {role: Refits(run=each.run) for each in reversed(group) for role in [each.role]}
-        for each, (value, run_id) in zip(group, values, strict=True):
+        by_role: dict[str, Refits] = {}
+        for each in whole[cell.name]:
+            refits = by_role.setdefault(each.role, Refits(run=each.run))
+            key = recorder.key(each.cell, each.run)
+            value = tested[key]
             assert value is not None
-            refits = by_role[each.role]
             refits.seeds.append(each.run.seed)
             refits.test_accuracy.append(value)
-            refits.run_ids.append(run_id)
+            refits.run_keys.append(key)
+            refits.run_ids.append(run_ids[key])
         winner, baseline = winners[cell.name], winners[plan.baseline_of(cell).name]
         results.append(
             CellResult(
                 cell=cell,
                 val_accuracy=float(winner.trial.value or 0.0),
                 trial=winner.trial.number,
-                trial_run_id=recorder.mark_winner(cell, winner.run),
+                trial_run_key=winning[cell.name],
+                trial_run_id=run_ids[winning[cell.name]],
                 counts=winner.counts,
                 refits=by_role["method"],
                 baseline=by_role.get("baseline", by_role["method"]),
@@ -141,5 +151,9 @@ def _results(
                 baseline_short=by_role.get("baseline_short", by_role["method"]),
             )
         )
-        recorder.mark_winner(baseline.cell, baseline.run)
     return results
+
+
+def _is_whole(group: Sequence[_Refit], tested: Mapping[str, float | None], recorder: Recorder) -> bool:
+    """Whether all refits of a cell were tested."""
+    return bool(group) and all(tested[recorder.key(each.cell, each.run)] is not None for each in group)

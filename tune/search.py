@@ -57,7 +57,10 @@ def _main(search: SearchConfig) -> int:
         return _dry_run(plan, named, began_s)
     tracking_uri = resolve_tracking_uri(search.tracking_uri, plan.storage)
     artifacts = plan.storage / "artifacts"
-    with only_driver(plan), Tracker(tracking_uri, search.experiment, artifact_root=artifacts) as tracker:
+    with (
+        only_driver(plan),
+        Tracker(tracking_uri, search.experiment, artifact_root=artifacts, storage=plan.storage) as tracker,
+    ):
         study_storage = named or open_storage(_own_storage(plan))
         if not may_continue(plan, study_storage):
             return 1

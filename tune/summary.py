@@ -15,12 +15,13 @@ from tune.plan import Cell
 
 @dataclass
 class Refits:
-    """The refits of one winner, in the order of their seeds."""
+    """The refits of one winner, in the order of their seeds; a run that MLflow does not have yet has no id."""
 
     run: RunConfig
     seeds: list[int] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
-    run_ids: list[str] = field(default_factory=list)
+    run_keys: list[str] = field(default_factory=list)
+    run_ids: list[str | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class CellResult:
     cell: Cell
     val_accuracy: float
     trial: int
-    trial_run_id: str
+    trial_run_key: str
+    trial_run_id: str | None
     counts: dict[str, int]
     refits: Refits
     baseline: Refits
@@ -38,7 +40,10 @@ class CellResult:
     baseline_short: Refits
 
     def to_json(self) -> dict[str, Any]:
-        """One object of `summary.json`; accuracies are shares in [0, 1]."""
+        """One object of `summary.json`; accuracies are shares in [0, 1].
+
+        A run's key is its tag `run_key` in MLflow; its id is null where MLflow had not taken it yet.
+        """
         mean, ci95 = mean_and_ci95(self.refits.test_accuracy)
         base_mean, base_ci95 = mean_and_ci95(self.baseline.test_accuracy)
         differences = [a - b for a, b in zip(self.refits.test_accuracy, self.baseline.test_accuracy, strict=True)]
@@ -68,9 +73,13 @@ class CellResult:
             "difference_mean": difference,
             "difference_ci95": difference_ci95,
             "run_ids": self.refits.run_ids,
+            "run_keys": self.refits.run_keys,
             "trial_run_id": self.trial_run_id,
+            "trial_run_key": self.trial_run_key,
             "baseline_run_ids": self.baseline.run_ids,
+            "baseline_run_keys": self.baseline.run_keys,
             "baseline_short_run_ids": self.baseline_short.run_ids,
+            "baseline_short_run_keys": self.baseline_short.run_keys,
         }
 
 

@@ -1,32 +1,43 @@
 """The only writer to MLflow: one thread of the driver mirrors the runs' `metrics.jsonl` files.
 
-The files are the record, MLflow is a copy of them. Nothing here makes training wait: a call returns at once, the
-thread delivers, and what MLflow does not take is sent again later.
+    python tune/tracking.py replay STORAGE [--tracking-uri URI]     send what MLflow lacks, or all of it to another one
+
+The files are the record, MLflow is a copy of them; what is told beside them is kept in a journal in the storage folder.
+Nothing here makes training wait: a call returns at once, the thread delivers, and what MLflow does not take is sent
+again later, by this process, by the next one of the same search, or by the command above.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import shlex
+import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from refilled.errors import UserError
+from tune.tracking_connection import Connection
 from tune.tracking_delivery import Delivery
-from tune.tracking_runs import Closing, RunIdentity, RunMirror, Status
-from tune.tracking_store import (
-    find_or_create_experiment,
-    open_store,
-    resolve_tracking_uri,
-    sqlite_path,
-    unusable_store,
-)
+from tune.tracking_journal import Journal, has_answered, kept_uri
+from tune.tracking_record import Closing, RunRecord, Status, clean_tags, flat_params
+from tune.tracking_runs import RunMirror
+from tune.tracking_store import UnusableStoreError, resolve_tracking_uri, shown_uri, unusable_store
 
-__all__ = ["Status", "Tracker", "resolve_tracking_uri"]
+__all__ = ["Status", "Tracker", "replay_command", "resolve_tracking_uri"]
 
-_RUN_ID_S = 30.0
+_START_S = 30.0
+_RUN_IDS_S = 10.0
 _DRAIN_S = 30.0
 _LONGEST_NAME = 500
+
+_logger = logging.getLogger(__name__)
+
+
+def replay_command(storage: Path) -> str:
+    """What a person types to send what MLflow lacks of the searches in a storage folder."""
+    return f"python tune/tracking.py replay {shlex.quote(str(storage))}"
 
 
 class Tracker:
@@ -41,24 +52,35 @@ class Tracker:
         experiment: Name of the experiment.
         artifact_root: Where a new experiment of a SQLite store keeps artifacts; none: `artifacts` beside the file. A
             server decides for itself.
+        storage: Folder in which everything told is kept until MLflow has it; none: it is lost with the process.
 
     Raises:
-        UserError: The store or the experiment cannot be used; raised before any thread or run exists.
+        UserError: The store or the experiment cannot be used; raised before any thread or run exists. A store that
+            took a search of this storage folder before may be away: that is a warning, and it is caught up later.
     """
 
-    def __init__(self, uri: str, experiment: str, *, artifact_root: Path | None = None) -> None:
+    def __init__(
+        self, uri: str, experiment: str, *, artifact_root: Path | None = None, storage: Path | None = None
+    ) -> None:
         if not experiment.strip() or len(experiment) > _LONGEST_NAME:
             raise UserError(f"experiment: must be a name of 1 to {_LONGEST_NAME} characters, not {experiment!r:.40}")
         self._uri = uri
-        root = _checked_artifact_root(uri, artifact_root)
-        self._client = open_store(uri, create=True)
-        self._experiment_id = find_or_create_experiment(self._client, uri, experiment, root)
+        self._experiment = experiment
+        self._storage = storage
+        self._connection = Connection(uri, experiment, artifact_root)
+        try:
+            self._connection.connect()
+        except UnusableStoreError as error:
+            if not self._answered_before():
+                raise
+            _logger.warning("%s; the search goes on, and MLflow is caught up when it answers again", error.trouble)
+        self._journal = Journal.in_memory()
         self._search: RunMirror | None = None
-        self._search_id = ""
         self._known_keys: set[str] = set()
         self._open_keys: set[str] = set()
         self._search_open = False
-        self._delivery = Delivery(uri)
+        self._is_closed = False
+        self._delivery = Delivery(uri, is_trouble_known=not self._connection.is_connected)
 
     def __enter__(self) -> Self:
         return self
@@ -70,29 +92,29 @@ class Tracker:
             self.finish_search(status="FAILED")
         self.close()
 
-    def start_search(self, key: str, *, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> str:
-        """Create the parent run, or go on with the one of that key.
+    def start_search(self, key: str, *, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> str | None:
+        """Create the parent run, or go on with the one of that key, and with what its journal still has to send.
 
         Returns:
-            Its run id.
+            Its run id; none where MLflow is away for now.
 
         Raises:
-            UserError: MLflow did not take it.
+            UserError: MLflow did not take it, and never took a search of this storage folder.
         """
-        from mlflow.exceptions import MlflowException
-
-        identity = RunIdentity(self._experiment_id, key, name)
         # Children carry `search_key` too, so the search itself is found by its `run_key`, like every other run.
-        tags = {**tags, "search_key": key}
-        mirror = RunMirror(self._client, identity, params=params, tags=tags, folder=None)
-        try:
-            mirror.deliver()
-        except (MlflowException, OSError) as error:
-            raise unusable_store(self._uri, error) from error
-        self._search, self._search_id, self._search_open = mirror, str(mirror.run_id), True
+        record = RunRecord(key, name, flat_params(params), clean_tags({**tags, "search_key": key}), folder=None)
+        if self._storage is not None:
+            self._journal = Journal.of_search(self._storage, self._experiment, key)
+        told = self._journal.told
+        earlier = [] if self._kept_uri in told.delivered else list(told.runs.values())
+        record = self._journal.start_search(record, self._experiment, self._kept_uri)
+        self._search, self._search_open = RunMirror(self._connection, record, None), True
         self._known_keys.add(key)
-        self._delivery.add(key, mirror)
-        return self._search_id
+        self._delivery.add(key, self._search)
+        run_id = self._id_of_search() if self._connection.is_connected else None
+        for each in earlier:
+            self._add_run(each)
+        return run_id
 
     def open_run(
         self, key: str, *, name: str, params: Mapping[str, object], tags: Mapping[str, str], folder: Path
@@ -108,11 +130,8 @@ class Tracker:
         """
         if self._search is None:
             raise RuntimeError("start_search comes before open_run")
-        identity = RunIdentity(self._experiment_id, key, name, parent_id=self._search_id)
-        mirror = RunMirror(self._client, identity, params=params, tags=tags, folder=folder)
-        self._known_keys.add(key)
-        self._open_keys.add(key)
-        self._delivery.add(key, mirror)
+        record = RunRecord(key, name, flat_params(params), clean_tags(tags), folder.absolute())
+        self._add_run(self._journal.open_run(record))
 
     def close_run(
         self,
@@ -134,13 +153,14 @@ class Tracker:
         """
         self._require_known(key)
         self._open_keys.discard(key)
-        closing = Closing(status, dict(metrics), artifacts)
-        self._delivery.change(key, lambda mirror: mirror.close(closing, tags or {}))
+        self._close(key, Closing(status, dict(metrics), artifacts and artifacts.absolute()), clean_tags(tags or {}))
 
     def tag_run(self, key: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run, open or closed; returns at once."""
         self._require_known(key)
-        self._delivery.change(key, lambda mirror: mirror.tag(tags))
+        cleaned = clean_tags(tags)
+        self._journal.tag_run(key, cleaned)
+        self._delivery.change(key, lambda mirror: mirror.tag(cleaned))
 
     def finish_search(
         self, *, status: Status, metrics: Mapping[str, float] | None = None, artifacts: Path | None = None
@@ -149,17 +169,18 @@ class Tracker:
         if self._search is None:
             raise RuntimeError("start_search comes before finish_search")
         self._search_open = False
-        closing = Closing(status, dict(metrics or {}), artifacts)
-        self._delivery.change(self._search.identity.key, lambda mirror: mirror.close(closing, {}))
+        self._close(self._search.key, Closing(status, dict(metrics or {}), artifacts and artifacts.absolute()), {})
 
-    def run_id(self, key: str) -> str:
-        """MLflow's id of a run; waits until MLflow has it.
+    def run_id(self, key: str, timeout_s: float = _RUN_IDS_S) -> str | None:
+        """MLflow's id of a run; none where MLflow did not take it within the time."""
+        return self.run_ids([key], timeout_s)[key]
 
-        Raises:
-            TimeoutError: MLflow did not take the run within half a minute.
-        """
-        self._require_known(key)
-        return self._delivery.run_id(key, _RUN_ID_S)
+    def run_ids(self, keys: Collection[str], timeout_s: float = _RUN_IDS_S) -> dict[str, str | None]:
+        """MLflow's ids of runs; none for those that MLflow did not take within the time, which is that of all."""
+        for key in keys:
+            self._require_known(key)
+        found = self._delivery.run_ids(keys, timeout_s)
+        return {key: found.get(key) for key in keys}
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything known at the time of the call is in MLflow; whether it is."""
@@ -167,24 +188,66 @@ class Tracker:
 
     def close(self, timeout_s: float = _DRAIN_S) -> None:
         """Deliver what is left within `timeout_s` and stop the thread; says by a warning what could not be."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         for key in sorted(self._open_keys):
             self.close_run(key, status="KILLED", metrics={})
         if self._search_open:
             self.finish_search(status="KILLED")
-        self._delivery.stop(timeout_s)
+        if self._delivery.stop(timeout_s):
+            self._journal.note_delivery(self._kept_uri)
+        else:
+            left = self._delivery.undelivered
+            _logger.warning(
+                "MLflow at %s has not taken everything of %d run(s) (%s); the files in their run folders are complete "
+                "and are sent %swhen the same command is run again",
+                shown_uri(self._uri),
+                len(left),
+                ", ".join(left[:5]) + (", ..." if len(left) > 5 else ""),
+                "" if self._storage is None else f"by `{replay_command(self._storage)}`, or ",
+            )
+        self._journal.close()
+
+    @property
+    def _kept_uri(self) -> str | None:
+        return shown_uri(self._uri) if self._storage is None else kept_uri(self._uri, self._storage)
+
+    def _answered_before(self) -> bool:
+        return self._storage is not None and has_answered(self._storage, self._uri)
+
+    def _id_of_search(self) -> str | None:
+        """The parent run's id, once MLflow took it or refused."""
+        assert self._search is not None
+        key = self._search.key
+        error = self._delivery.first_outcome(key, _START_S)
+        if error is None:
+            self._journal.note_answer(self._kept_uri)
+            return self._delivery.run_ids([key], 0.0)[key]
+        if self._answered_before():
+            return None
+        self._search_open = False
+        self._is_closed = True
+        self._delivery.abandon()
+        self._journal.discard()
+        raise error if isinstance(error, UserError) else unusable_store(self._uri, error) from error
+
+    def _add_run(self, record: RunRecord) -> None:
+        self._known_keys.add(record.key)
+        if record.closing is None:
+            self._open_keys.add(record.key)
+        self._delivery.add(record.key, RunMirror(self._connection, record, self._search))
+
+    def _close(self, key: str, closing: Closing, tags: Mapping[str, str]) -> None:
+        known = self._journal.close_run(key, closing, tags)
+        self._delivery.change(key, lambda mirror: mirror.close(known, tags))
 
     def _require_known(self, key: str) -> None:
         if key not in self._known_keys:
             raise KeyError(f"no run {key!r} was opened")
 
 
-def _checked_artifact_root(uri: str, artifact_root: Path | None) -> Path | None:
-    """The folder of a SQLite store's artifacts; MLflow alone would put them into the current directory."""
-    path = sqlite_path(uri)
-    if path is None:
-        return None
-    root = artifact_root or path.parent / "artifacts"
-    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-    if not existing.is_dir():
-        raise unusable_store(uri, f"artifact folder {root}: {existing} is not a folder")
-    return root
+if __name__ == "__main__":
+    from tune.tracking_replay import command
+
+    sys.exit(command())

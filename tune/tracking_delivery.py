@@ -7,10 +7,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
+from refilled.errors import UserError
 from tune.tracking_runs import RunMirror
-from tune.tracking_store import shown_uri, store_trouble
+from tune.tracking_store import UnusableStoreError, shown_uri, store_trouble
 
 _POLL_S = 0.3
 _LONGEST_PAUSE_S = 30.0
@@ -24,9 +25,13 @@ class Delivery:
 
     Calls from other threads only queue commands; the runs themselves are touched by the thread alone, so that
     nobody waits for MLflow who does not ask to.
+
+    Args:
+        uri: Of the store, for what is said.
+        is_trouble_known: It was said already that the store cannot be used; it is said again only after it could.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, is_trouble_known: bool = False) -> None:
         self._uri = uri
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Event()
@@ -36,12 +41,13 @@ class Delivery:
         self._passes = 0
         self._clean_pass = 0
         self._run_ids: dict[str, str] = {}
+        self._errors: dict[str, Exception] = {}
         # What follows is touched by the thread alone.
         self._mirrors: dict[str, RunMirror] = {}
         self._live: dict[str, RunMirror] = {}
         self._failures: dict[str, tuple[int, float]] = {}
         self._failed_passes = 0
-        self._warned = False
+        self._warned = is_trouble_known
         self._thread = threading.Thread(target=self._serve, name="mlflow-mirror", daemon=True)
         self._thread.start()
 
@@ -62,17 +68,21 @@ class Delivery:
 
         self._commands.put(apply)
 
-    def run_id(self, key: str, timeout_s: float) -> str:
-        """MLflow's id of a run that was added.
-
-        Raises:
-            TimeoutError: MLflow did not take the run in time.
-        """
+    def run_ids(self, keys: Collection[str], timeout_s: float) -> dict[str, str]:
+        """MLflow's ids of runs that were added; those it has not taken within the time are left out."""
         with self._hurried():
-            self._changed.wait_for(lambda: key in self._run_ids or self._stop.is_set(), timeout_s)
-            if key not in self._run_ids:
-                raise TimeoutError(f"MLflow at {shown_uri(self._uri)} has not taken run {key} within {timeout_s:g} s")
-            return self._run_ids[key]
+            self._changed.wait_for(lambda: self._run_ids.keys() >= set(keys) or self._stop.is_set(), timeout_s)
+            return {key: self._run_ids[key] for key in keys if key in self._run_ids}
+
+    def first_outcome(self, key: str, timeout_s: float) -> Exception | None:
+        """Wait until MLflow took a run, and return nothing, or refused it once, and return why."""
+        with self._hurried():
+            self._changed.wait_for(
+                lambda: key in self._run_ids or key in self._errors or self._stop.is_set(), timeout_s
+            )
+            if key in self._run_ids:
+                return None
+            return self._errors.get(key, TimeoutError(f"no answer within {timeout_s:g} s"))
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything known at the time of the call is in MLflow; whether it is."""
@@ -81,23 +91,23 @@ class Delivery:
             self._changed.wait_for(lambda: self._clean_pass >= target or self._stop.is_set(), timeout_s)
             return self._clean_pass >= target
 
-    def stop(self, timeout_s: float) -> None:
-        """Deliver what is left within `timeout_s` and end the thread; a warning says what could not be."""
-        if self._stop.is_set():
-            return
+    @property
+    def undelivered(self) -> list[str]:
+        """The keys of runs of which MLflow lacks something, or may; to be asked when the thread has ended."""
+        return sorted(self._live)
+
+    def stop(self, timeout_s: float) -> bool:
+        """Deliver what is left within `timeout_s` and end the thread; whether everything is in MLflow."""
         delivered = self.flush(timeout_s)
         self._stop.set()
         self._wake.set()
         self._thread.join(_PAUSE_WHILE_AWAITED_S)  # longer only if it hangs in a call, which ends with the process
-        if not delivered:
-            left = sorted(self._live)
-            _logger.warning(
-                "MLflow at %s has not taken everything of %d run(s) (%s); the files in their run folders are complete "
-                "and are sent when the same command is run again",
-                shown_uri(self._uri),
-                len(left),
-                ", ".join(left[:5]) + (", ..." if len(left) > 5 else ""),
-            )
+        return delivered
+
+    def abandon(self) -> None:
+        """End the thread without delivering anything more."""
+        self._stop.set()
+        self._wake.set()
 
     @contextlib.contextmanager
     def _hurried(self) -> Iterator[None]:
@@ -133,7 +143,7 @@ class Delivery:
 
     def _deliver_all(self) -> bool:
         """One pass over the runs; whether all was delivered."""
-        clean = True
+        clean, called = True, False
         for key, mirror in list(self._live.items()):
             if self._stop.is_set():
                 return False
@@ -142,7 +152,7 @@ class Delivery:
                 clean = False
                 continue
             try:
-                called = mirror.deliver()
+                called_now = mirror.deliver()
             except Exception as error:
                 # Whatever MLflow, its database driver, HTTP client or artifact store raises: training goes on.
                 self._note_failure(key, failures, error)
@@ -152,28 +162,37 @@ class Delivery:
                 self._failed_passes += 1
                 return False
             self._failures.pop(key, None)
-            if called:
-                self._failed_passes = 0
-            if mirror.run_id is not None:
-                self._run_ids[key] = mirror.run_id
+            if called_now:
+                called, self._failed_passes = True, 0
+            if mirror.run_id != self._run_ids.get(key):
+                self._note_id(key, mirror)
             if mirror.settled:
                 self._live.pop(key)
-        if clean and self._warned:
+        if clean and called and self._warned:
             self._warned = False
             _logger.info("MLflow at %s holds everything again", shown_uri(self._uri))
         return clean
 
-    def _note_failure(self, key: str, failures: int, error: Exception) -> None:
-        from mlflow.exceptions import MlflowException
+    def _note_id(self, key: str, mirror: RunMirror) -> None:
+        with self._changed:
+            self._run_ids[key] = mirror.existing_id()
+            self._changed.notify_all()
 
+    def _note_failure(self, key: str, failures: int, error: Exception) -> None:
         self._failures[key] = (failures + 1, time.monotonic())
+        with self._changed:
+            self._errors[key] = error
+            self._changed.notify_all()
         if self._warned:
             return
+        from mlflow.exceptions import MlflowException
+
         self._warned = True
-        expected = isinstance(error, (MlflowException, OSError))
+        expected = isinstance(error, (MlflowException, OSError, UserError))
+        trouble = error.trouble if isinstance(error, UnusableStoreError) else store_trouble(self._uri, error)
         _logger.warning(
             "%s; run %s goes on, its files keep everything, and it is sent again later",
-            store_trouble(self._uri, error),
+            trouble,
             key,
             exc_info=None if expected else error,
         )

@@ -2,70 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import math
-import re
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING
 
+from tune.tracking_connection import Connection
+from tune.tracking_record import NAME_LENGTH, Closing, RunRecord, clean_names, clean_tags, now_ms
 from tune.tracking_rows import METRICS_FILE, RowTail, numbers
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-_Value = TypeVar("_Value")
-Status = Literal["FINISHED", "KILLED", "FAILED"]
-
-# MLflow's limits.
-_NAME_LENGTH = 250
-_PARAM_LENGTH = 6000
-_TAG_LENGTH = 8000
-_KEY = re.compile(r"[A-Za-z0-9_.:/=+@-]{1,200}")
+    from mlflow.entities import Run
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """What a run is found by, and what it is created with.
-
-    Its tag `run_key` names it; below `parent_id` (a run id) where it is a child.
-    """
-
-    experiment_id: str
-    key: str
-    name: str
-    parent_id: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse a key that could break out of a filter string, which knows no escapes."""
-        if not _KEY.fullmatch(self.key):
-            raise ValueError(f"a key is 1 to 200 letters, digits or _.:/=+@-, not {self.key!r}")
-
-    @property
-    def filter(self) -> str:
-        """The MLflow filter that finds the run again."""
-        found = f"tags.run_key = '{self.key}'"
-        return found + (f" AND tags.`mlflow.parentRunId` = '{self.parent_id}'" if self.parent_id else "")
-
-    @property
-    def tags(self) -> dict[str, str]:
-        """The tags the filter looks for, written when the run is created."""
-        return {"run_key": self.key} | ({"mlflow.parentRunId": self.parent_id} if self.parent_id else {})
-
-
-@dataclass(frozen=True)
-class Closing:
-    """How a run ends: its status, what is logged last, and a folder of artifacts."""
-
-    status: Status
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    artifacts: Path | None = None
 
 
 class RunMirror:
@@ -73,25 +23,31 @@ class RunMirror:
 
     `deliver` may raise whatever MLflow raises, at any point. The next call then looks at what MLflow holds and
     sends what is missing, so that a batch whose answer was lost is not logged twice.
+
+    Args:
+        connection: The store and the experiment.
+        record: What was told of the run; one that has ended is closed once all its rows are delivered.
+        parent: The search it is a child of, which is found or created first; none: it is a search itself.
     """
 
-    def __init__(
-        self,
-        client: MlflowClient,
-        identity: RunIdentity,
-        *,
-        params: Mapping[str, object],
-        tags: Mapping[str, str],
-        folder: Path | None,
-    ) -> None:
-        self.identity = identity
+    def __init__(self, connection: Connection, record: RunRecord, parent: RunMirror | None) -> None:
+        self.key = record.key
         self.run_id: str | None = None
-        self._client = client
-        self._params = flat_params(params)
-        self._tags = _clean(tags, _TAG_LENGTH) | identity.tags
-        self._tail = None if folder is None else RowTail(folder / METRICS_FILE)
-        self._closing: Closing | None = None
+        self.was_created = False
+        self.was_changed = False
+        self.num_values_sent = 0
+        self._connection = connection
+        self._record = record
+        self._parent = parent
+        self._tags = dict(record.tags)
+        self._tail = None if record.folder is None else RowTail(record.folder / METRICS_FILE)
+        self._closing = record.closing
+        self._may_have_twins = False
         self._forget()
+
+    @property
+    def _client(self) -> MlflowClient:
+        return self._connection.connect()[0]
 
     @property
     def settled(self) -> bool:
@@ -100,7 +56,7 @@ class RunMirror:
 
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set tags with the next delivery; works on a closed run too."""
-        cleaned = _clean(tags, _TAG_LENGTH)
+        cleaned = clean_tags(tags)
         self._tags |= cleaned
         self._unsent_tags |= cleaned
 
@@ -115,7 +71,7 @@ class RunMirror:
         """Send what MLflow does not hold yet; whether MLflow was called at all.
 
         Raises:
-            MlflowException, OSError: MLflow or its artifact store refused or did not answer.
+            MlflowException, OSError, UserError: MLflow or its artifact store refused or did not answer.
         """
         try:
             return self._deliver()
@@ -147,20 +103,52 @@ class RunMirror:
         self._unsent_params: dict[str, str] = {}
         self._unsent_tags: dict[str, str] = {}
 
-    def _attach(self) -> None:
-        found = self._client.search_runs([self.identity.experiment_id], self.identity.filter, max_results=1)
+    def _found_or_created(self) -> Run:
+        """The run of this key below this parent, as MLflow has it; made where it is missing."""
+        client, experiment_id = self._connection.connect()
+        self._tags["run_key"] = self.key
+        if self._parent is not None:
+            self._tags["mlflow.parentRunId"] = self._parent.existing_id()
+        found = self._all_of_this_key()
         if found:
-            run = found[0]
-        else:
-            run = self._client.create_run(
-                self.identity.experiment_id,
-                tags=self._tags | self.identity.tags,
-                run_name=self.identity.name[:_NAME_LENGTH] or self.identity.key,
-            )
+            self._may_have_twins |= len(found) > 1
+            return next((run for run in found if run.info.run_id == self.run_id), found[0])
+        self._may_have_twins = True
+        name = self._record.name[:NAME_LENGTH] or self.key
+        created = client.create_run(experiment_id, self._record.started_ms, tags=self._tags, run_name=name)
+        self.was_created = True
+        return created
+
+    def _all_of_this_key(self) -> list[Run]:
+        client, experiment_id = self._connection.connect()
+        wanted = f"tags.run_key = '{self.key}'"
+        if self._parent is not None:
+            wanted += f" AND tags.`mlflow.parentRunId` = '{self._tags['mlflow.parentRunId']}'"
+        return list(client.search_runs([experiment_id], wanted, max_results=10, order_by=["attributes.run_id ASC"]))
+
+    def _delete_twins(self) -> None:
+        """Delete what a request to create the run has made whose answer never came; nothing was ever sent there."""
+        if not self._may_have_twins:
+            return
+        for run in self._all_of_this_key():
+            if run.info.run_id != self.run_id and run.info.status == "RUNNING" and not run.data.metrics:
+                self._client.delete_run(run.info.run_id)
+        self._may_have_twins = False
+
+    def existing_id(self) -> str:
+        """MLflow's id of the run, which is found or created where nobody did so yet."""
+        if self.run_id is None:
+            self.run_id = str(self._found_or_created().info.run_id)
+        return self.run_id
+
+    def _attach(self) -> None:
+        run = self._found_or_created()
         self.run_id = run.info.run_id
         self._status = run.info.status
         # Changed params of a found run stay as they are: MLflow refuses to rewrite them.
-        self._unsent_params = {name: value for name, value in self._params.items() if name not in run.data.params}
+        self._unsent_params = {
+            name: value for name, value in self._record.params.items() if name not in run.data.params
+        }
         self._unsent_tags = {name: value for name, value in self._tags.items() if run.data.tags.get(name) != value}
         # Only tags are sent to a closed run.
         names = () if self._closed else run.data.metrics
@@ -173,7 +161,7 @@ class RunMirror:
             if _same(self._logged[place], self._unsent_metrics[place][0]):
                 del self._unsent_metrics[place]
         # A finished child that is only looked at again keeps its status and its end time.
-        stopped = ("KILLED", "FAILED") if self.identity.parent_id else ("KILLED", "FAILED", "FINISHED")
+        stopped = ("KILLED", "FAILED") if self._parent else ("KILLED", "FAILED", "FINISHED")
         if not self._closed and self._closing is None and self._status in stopped:
             self._revive()
         self._attached = True
@@ -183,10 +171,10 @@ class RunMirror:
         self._status = "RUNNING"
 
     def _queue(self, row: Mapping[str, float], epoch: int) -> None:
-        for name, value in _clean_names(row).items():
+        for name, value in clean_names(row).items():
             place = (name, epoch)
             if place not in self._logged and place not in self._unsent_metrics:
-                self._unsent_metrics[place] = (value, _now_ms())
+                self._unsent_metrics[place] = (value, now_ms())
 
     def _send(self) -> bool:
         from mlflow.entities import Metric, Param, RunTag
@@ -195,6 +183,7 @@ class RunMirror:
             return False
         if self._unsent_metrics and self._closing is None and self._status == "FINISHED":
             self._revive()
+        self.was_changed = True
         # The client splits this into batches of the size MLflow takes.
         self._client.log_batch(
             self.run_id,
@@ -206,6 +195,7 @@ class RunMirror:
             synchronous=True,
         )
         self._changed |= bool(self._unsent_metrics)
+        self.num_values_sent += len(self._unsent_metrics)
         self._logged |= {place: value for place, (value, _) in self._unsent_metrics.items()}
         for sent in (self._unsent_metrics, self._unsent_params, self._unsent_tags):
             sent.clear()
@@ -213,59 +203,25 @@ class RunMirror:
 
     def _close(self, closing: Closing) -> None:
         last_epoch = max((step for _, step in self._logged), default=0)
-        for name, value in _clean_names(numbers(closing.metrics)).items():
+        for name, value in clean_names(numbers(closing.metrics)).items():
             if not _same(self._logged.get((name, last_epoch)), value):
-                self._unsent_metrics[name, last_epoch] = (value, _now_ms())
+                self._unsent_metrics[name, last_epoch] = (value, now_ms())
         self._send()
+        self._delete_twins()
         if self._changed or self._status != closing.status:
-            self._client.set_terminated(self.run_id, status=closing.status)
+            self.was_changed = True
+            self._client.set_terminated(self.run_id, status=closing.status, end_time=closing.ended_ms)
             self._status = closing.status
         if closing.artifacts is not None:
             if closing.artifacts.is_dir():
                 self._client.log_artifacts(self.run_id, str(closing.artifacts))
             else:
-                _logger.warning("run %s: there is no folder %s of artifacts", self.identity.key, closing.artifacts)
+                _logger.warning("run %s: there is no folder %s of artifacts", self.key, closing.artifacts)
         self._closing = None
         self._closed = True
         self._changed = False
         self._logged.clear()  # hundreds of closed runs are kept, to be tagged
 
 
-def flat_params(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Settings as MLflow takes them: dotted names, texts, cut to its limits; None is "none", lists are JSON."""
-    flat: dict[str, str] = {}
-    for name, value in params.items():
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            value = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
-        if isinstance(value, Mapping):
-            flat |= flat_params(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = _param_text(value)
-    return flat if prefix else _clean(flat, _PARAM_LENGTH)
-
-
-def _param_text(value: object) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (list, tuple)):
-        return json.dumps(value, default=str, ensure_ascii=False)
-    return str(value)
-
-
-def _clean(texts: Mapping[str, object], length: int) -> dict[str, str]:
-    return {name: str(value)[:length] for name, value in _clean_names(texts).items()}
-
-
-def _clean_names(values: Mapping[str, _Value]) -> dict[str, _Value]:
-    """Names with the characters MLflow allows, so that one odd name cannot hold back a whole batch."""
-    return {re.sub(r"[^\w.\- :/]", "_", str(name))[:_NAME_LENGTH] or "_": value for name, value in values.items()}
-
-
 def _same(logged: float | None, value: float) -> bool:
     return logged is not None and (logged == value or (math.isnan(logged) and math.isnan(value)))
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)

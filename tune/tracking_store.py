@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import queue
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -44,6 +45,17 @@ _DATABASE_ANSWER_S = 30.0  # a first connection also creates the tables
 _CAUSE_LENGTH = 160
 
 
+class UnusableStoreError(UserError):
+    """A store that does not answer, or answers only to refuse; `trouble` says so without the advice."""
+
+    def __init__(self, trouble: str) -> None:
+        super().__init__(
+            f"tracking_uri: {trouble}; "
+            "give a server that answers, such as http://HOST:5000, or sqlite:///FILE in a folder that can be written"
+        )
+        self.trouble = trouble
+
+
 def resolve_tracking_uri(uri: str | None, storage: Path) -> str:
     """The URI given, or the SQLite file `mlflow.db` in the storage folder.
 
@@ -77,7 +89,8 @@ def store_trouble(uri: str, error: BaseException | str) -> str:
     """What is wrong with a store, in half a sentence without passwords."""
     cause = str(error)
     if "Max retries exceeded" in cause:  # the end of what is otherwise a page about one refused connection
-        cause = "no server answers there"
+        status = re.search(r"too many (\d+) error responses", cause)
+        cause = f"the server's answer is status {status[1]}" if status else "no server answers there"
     if password := _password(uri):
         cause = cause.replace(password, "***")
     cause = " ".join(cause.split()).rstrip(".")
@@ -86,12 +99,9 @@ def store_trouble(uri: str, error: BaseException | str) -> str:
     return f"MLflow at {shown_uri(uri)} cannot be used ({cause})"
 
 
-def unusable_store(uri: str, error: BaseException | str) -> UserError:
+def unusable_store(uri: str, error: BaseException | str) -> UnusableStoreError:
     """The sentence for a store that cannot be used, whatever the reason."""
-    return UserError(
-        f"tracking_uri: {store_trouble(uri, error)}; "
-        "give a server that answers, such as http://HOST:5000, or sqlite:///FILE in a folder that can be written"
-    )
+    return UnusableStoreError(store_trouble(uri, error))
 
 
 def open_store(uri: str, *, create: bool) -> MlflowClient:

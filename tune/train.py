@@ -2,6 +2,7 @@
 
     python tune/train.py                                               the digits, one worker
     python tune/train.py cifar100 --data parquet:DIR --overlap 0.4 --student wrn-16-1 --workers 2
+    python tune/train.py --workers 1:4                                 as many of 1 to 4 as the cluster has room for
     python tune/train.py --refit                                       all training images, then the test set, once
 
 The same command again finds the finished run, or continues an interrupted one.
@@ -10,6 +11,7 @@ The same command again finds the finished run, or continues an interrupted one.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 HELP = "Train one student with one method on 1..N workers, and log it to MLflow."
 POLL_S = 0.5
+_WORKERS = re.compile(r"[0-9]{1,6}(:[0-9]{1,6})?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +44,8 @@ class TrainConfig(Config):
     """The run."""
     refit: bool = False
     """Train on all training images, hold nothing out, and read the test set at the end."""
-    workers: int = 1
-    """Workers of the TorchTrainer; the result does not depend on their number."""
+    workers: str = "1"
+    """Workers of the TorchTrainer, or LEAST:MOST of them; the result does not depend on their number."""
     cpus_per_worker: float = 1.0
     """CPUs of one worker; torch uses as many threads, at least one."""
     gpus_per_worker: float = 0.0
@@ -56,7 +59,22 @@ class TrainConfig(Config):
 
     def __post_init__(self) -> None:
         """Check what `as_search` would name differently."""
-        require(self.workers >= 1, "workers", "at least 1", self.workers)
+        require(
+            bool(_WORKERS.fullmatch(self.workers)) and 1 <= self.least_workers <= self.most_workers,
+            "workers",
+            "a number of at least 1, or LEAST:MOST such as 1:4",
+            self.workers,
+        )
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which the run waits."""
+        return int(self.workers.split(":")[0])
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that the run takes where there is room."""
+        return int(self.workers.split(":")[-1])
 
     def as_search(self) -> SearchConfig:
         """The search of one cell and one trial that plans and checks this run, and whose checks are these fields'."""
@@ -67,7 +85,7 @@ class TrainConfig(Config):
             students=(self.run.student,),
             trials=1,
             seeds=1,
-            workers_per_trial=self.workers,
+            workers_per_trial=self.least_workers,
             cpus_per_worker=self.cpus_per_worker,
             gpus_per_worker=self.gpus_per_worker,
             storage=self.storage,
@@ -91,7 +109,8 @@ def main(config: TrainConfig) -> int:
 
         plan = make_plan(config.as_search())
         uri = resolve_tracking_uri(config.tracking_uri, plan.storage)
-        with Tracker(uri, config.experiment, artifact_root=plan.storage / "artifacts") as tracker:
+        artifacts = plan.storage / "artifacts"
+        with Tracker(uri, config.experiment, artifact_root=artifacts, storage=plan.storage) as tracker:
             return _train(config, plan, tracker)
 
 
@@ -111,7 +130,8 @@ def _train(config: TrainConfig, plan: Plan, tracker: Any) -> int:
         _open(recorder, cell, run, refit=config.refit)
         with _Follower(folder, console):
             job: Job = "refit" if config.refit else "run"
-            train_on_group(job, run.to_dict(), str(plan.storage), resources, f"{job}-{folder.path.name}")
+            name = f"{job}-{folder.path.name}"
+            train_on_group(job, run.to_dict(), str(plan.storage), resources, name, most_workers=config.most_workers)
     row = folder.result() or {}
     if config.refit:
         test_accuracy = float(read_json(folder.path / "test.json")["test_accuracy"])
@@ -121,7 +141,9 @@ def _train(config: TrainConfig, plan: Plan, tracker: Any) -> int:
         recorder.close_trial(cell, run, "complete", row, with_artifacts=True)
         console.print(f"Validation accuracy {100 * row['best_val_accuracy']:.2f} % (epoch {row['best_epoch']})")
     tracker.finish_search(status="FINISHED")
-    print(f"Run folder: {folder.path}\nMLflow: run {recorder.run_id(cell, run)} of experiment {config.experiment!r}")
+    key = recorder.key(cell, run)
+    shown = recorder.run_ids([key])[key] or f"of run_key {key}, not delivered yet,"
+    print(f"Run folder: {folder.path}\nMLflow: run {shown} of experiment {config.experiment!r}")
     return 0
 
 

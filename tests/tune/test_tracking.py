@@ -13,8 +13,8 @@ import pytest
 
 from refilled.errors import UserError
 from tune.tracking import Tracker, resolve_tracking_uri
+from tune.tracking_record import flat_params
 from tune.tracking_rows import RowTail
-from tune.tracking_runs import flat_params
 from tune.tracking_store import open_store, shown_uri
 
 DONE_S = 20.0
