@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import cyclopts
 
-from refilled.errors import UserError
+from refilled.errors import UserError, storage_full
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -42,5 +42,11 @@ def exit_code(name: str, action: Callable[[], int]) -> int:
     try:
         return action()
     except (UserError, cyclopts.CycloptsError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR_EXIT_CODE
+        told: Exception = error
+    except Exception as error:
+        full = storage_full(error)  # wherever it was met, in whichever library
+        if full is None:
+            raise
+        told = full
+    print(f"{name}: {' '.join(str(told).split())}", file=sys.stderr)
+    return USER_ERROR_EXIT_CODE

@@ -12,13 +12,15 @@ Workers may hold different numbers of rows, and none at all.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+_Value = TypeVar("_Value")
 
 
 def world_size() -> int:
@@ -253,3 +255,17 @@ def agree(flag: bool) -> bool:
     answer = torch.tensor(int(flag), device=device)
     dist.broadcast(answer, src=0)
     return bool(answer.item())
+
+
+def from_rank_zero(value: _Value) -> _Value:
+    """Rank 0's value, for all workers; what the others give is not looked at.
+
+    Args:
+        value: anything that can be pickled; its tensors are on the CPU.
+    """
+    if world_size() == 1:
+        return value
+    values: list[Any] = [value]
+    dist.broadcast_object_list(values, src=0)
+    result: _Value = values[0]
+    return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from refilled.bank import bank_for
 from refilled.compute import Compute
 from refilled.config import RunConfig
 from refilled.data.task import Task, load_task, load_test_images
+from refilled.errors import UserError
 from refilled.evaluation import accuracy
 from refilled.methods import needs_teacher
 from refilled.run_folder import Row, RunFolder, run_key
@@ -17,6 +19,8 @@ from refilled.shared_stage import SharedStage, embedding_key, embeddings_of, has
 from refilled.store import only_here, read_json, write_json
 from refilled.teacher import FrozenTeacher, load_model, pretrain_once
 from refilled.training import FolderCarrier, run
+
+_log = logging.getLogger(__name__)
 
 
 def cache_of(storage: Path) -> Path:
@@ -60,7 +64,7 @@ def execute(
         finished = folder.result()
         if distributed.agree(finished is not None):
             row: Row = finished or folder.result() or {}
-            carrier.repeat(row)
+            carrier.repeat(distributed.from_rank_zero(folder.rows()))
             return row
         if distributed.rank() == 0:
             folder.create(config, task)
@@ -90,7 +94,7 @@ def refit(
     folder = run_folder(config, storage)
     path = folder.path / "test.json"
     with only_here(folder.path):
-        if not distributed.agree(path.exists()):
+        if not distributed.agree(_is_tested(path)):
             task = load_task(config, cache_of(storage))
             test = load_test_images(config, cache_of(storage), task.spaces.student)
             student = load_model(folder.path / "model.pt", compute)
@@ -99,6 +103,15 @@ def refit(
                 write_json(path, {"test_accuracy": value, "num_images": len(test.labels), "test_digest": test.digest})
             distributed.agree(True)  # nobody reads the file before it is there
     return float(read_json(path)["test_accuracy"])
+
+
+def _is_tested(path: Path) -> bool:
+    """Whether a refit's test accuracy is known; a damaged file is a warning, and the same model is tested again."""
+    try:
+        return path.exists() and 0 <= float(read_json(path)["test_accuracy"]) <= 1
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        _log.warning("%s must hold a test accuracy, but does not (%s).", path, error)
+        return False
 
 
 def _teacher(

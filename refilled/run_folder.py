@@ -3,7 +3,7 @@
 config.json      what the run is, with its class lists and data digest
 classes.json     the student's classes; a label is the position in this list
 metrics.jsonl    one row an epoch, the record that MLflow mirrors
-checkpoint.pt    the whole state at the last epoch border
+checkpoint.pt    the whole state at the last epoch border; checkpoint.previous.pt: at the one before
 model.pt         the student at the end, with what is needed to use it
 result.json      the last row; there only when the run is finished
 test.json        what a refit read from the test set, once
@@ -11,22 +11,22 @@ test.json        what a refit read from the test set, once
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
+import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from refilled.checkpoint import Checkpoints
 from refilled.config import METHODS_WITH_EMBEDDING_STAGE, RunConfig, content_hash
 from refilled.data.label_space import LabelSpaces
 from refilled.data.task import Task
 from refilled.errors import UserError
 from refilled.methods import needs_teacher
-from refilled.store import read_json, write_bytes, write_json
+from refilled.store import append_bytes, read_json, write_bytes, write_json
+from refilled.tensor_file import load_tensors, save_tensors
 
 Row = dict[str, Any]
+_log = logging.getLogger(__name__)
 FORMAT = 1  # part of every run's identity: raise it when the method's numbers change
 
 
@@ -44,7 +44,7 @@ def run_key(config: RunConfig, spaces: LabelSpaces, data_digest: str) -> str:
         "format": FORMAT,
         "bank": config.bank.dtype,
     }
-    unused = ["class_order", "num_teacher_classes", "num_student_classes", "overlap"]
+    unused = ["class_order", "num_teacher_classes", "num_student_classes", "overlap", "checkpoint_every"]
     if not needs_teacher(config):
         unused += ["teacher", "teacher_classes", "teacher_epochs", "pretraining", "bank"]
     if config.method not in METHODS_WITH_EMBEDDING_STAGE:
@@ -60,6 +60,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._checkpoints = Checkpoints(path)
 
     @property
     def metrics_path(self) -> Path:
@@ -79,63 +80,69 @@ class RunFolder:
         write_json(self.path / "classes.json", task.spaces.student)
 
     def rows(self) -> list[Row]:
-        """All whole rows, in order."""
+        """All whole rows up to the first that is damaged, in order; a warning names a damaged one."""
         if not self.metrics_path.exists():
             return []
-        lines = self.metrics_path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is a row half written
+        rows: list[Row] = []
+        # What follows the last newline is a row half written.
+        for line in self.metrics_path.read_bytes().split(b"\n")[:-1]:
+            row = _row(line)
+            if row is None or row["epoch"] != len(rows) + 1:
+                _log.warning("%s is damaged after %d rows, which are kept.", self.metrics_path, len(rows))
+                break
+            rows.append(row)
+        return rows
 
     def append_row(self, row: Row) -> None:
-        """Add an epoch's row, unless the file has that epoch already, as after a resume."""
+        """Add an epoch's row, unless the file has that epoch already, as after a resume.
+
+        Raises:
+            StorageFullError: there is no room; the file stays as it was.
+        """
         rows = self.rows()
-        if not rows and not self.metrics_path.exists():
-            self.metrics_path.touch()
         if any(known["epoch"] == row["epoch"] for known in rows):
             return
-        text = self.metrics_path.read_text(encoding="utf-8")
-        if text and not text.endswith("\n"):  # drop a half-written row of a killed process
-            write_bytes(self.metrics_path, text[: text.rfind("\n") + 1].encode())
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        whole = "".join(json.dumps(known) + "\n" for known in rows).encode()
+        if self.metrics_path.exists() and self.metrics_path.stat().st_size != len(whole):
+            write_bytes(self.metrics_path, whole)  # without the row that a killed process half wrote
+        append_bytes(self.metrics_path, (json.dumps(row) + "\n").encode())
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint."""
-        save_tensors(self.path / "checkpoint.pt", state)
+        """Keep the state of an epoch border (see `Checkpoints`)."""
+        self._checkpoints.save(state)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint, if there is one."""
-        path = self.path / "checkpoint.pt"
-        return load_tensors(path) if path.exists() else None
+        """The last whole checkpoint, if there is one."""
+        return self._checkpoints.load()
 
     def finish(self, row: Row, model: dict[str, Any]) -> None:
         """Keep the student and the last row, and drop the checkpoint, which nobody needs any more."""
         save_tensors(self.path / "model.pt", model)
         write_json(self.path / "result.json", row)
-        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+        self._checkpoints.remove()
 
     def result(self) -> Row | None:
-        """The last row of a finished run."""
+        """The last row of a finished run; none, after a warning, where one of its files is damaged."""
         path = self.path / "result.json"
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            row = read_json(path)
+            load_tensors(self.path / "model.pt")
+        except UserError as error:
+            _log.warning("%s The run is done again.", error)
+            return None
+        if not isinstance(row, dict) or row.get("epoch") != len(self.rows()):
+            _log.warning("%s must have a row for every epoch, but has not. The run is done again.", self.metrics_path)
+            return None
+        return row
 
 
-def save_tensors(path: Path, value: dict[str, Any]) -> None:
-    """Write tensors and plain values atomically."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    write_bytes(path, buffer.getvalue())
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    """Read tensors and plain values to the CPU, without executing anything from the file.
-
-    Raises:
-        UserError: naming the file, when it is missing, damaged or holds other things.
-    """
+def _row(line: bytes) -> Row | None:
+    """A line's row, none where it is damaged."""
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} must be a whole file of tensors and plain values, but cannot be read.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a dictionary, got {type(value).__name__}.")
-    return value
+        row = json.loads(line)
+    except ValueError:  # which bytes that are not text raise too
+        return None
+    is_row = isinstance(row, dict) and type(row.get("epoch")) is int
+    return row if is_row else None

@@ -25,14 +25,15 @@ from refilled import distributed
 from refilled.config import METHODS_WITH_EMBEDDING_STAGE, ClassifierConfig, RunConfig
 from refilled.data.label_space import LabelSpaces
 from refilled.errors import UserError
-from refilled.run_folder import Row, RunFolder, load_tensors, run_key, save_tensors
+from refilled.run_folder import Row, RunFolder, run_key
 from refilled.store import only_here, read_json, write_json
+from refilled.tensor_file import load_tensors, save_tensors
 
 # What stage embedding does not read, and what stands for it. Everything else is taken to determine the stage, but for
 # what no run's numbers depend on (see `run_key`). Of `epochs` stage classifier's number is left out beside these: a
 # stage's learning rate and its draws know nothing of the epochs after it.
 _NOT_READ: dict[str, object] = {"method": "refilled", "classifier": ClassifierConfig()}
-_NEVER_READ = ("bank.mode", "bank.max_gib")  # which `run_key` leaves out of every run's identity
+_NEVER_READ = ("checkpoint_every", "bank.mode", "bank.max_gib")  # which `run_key` leaves out of every run's identity
 
 _log = logging.getLogger(__name__)
 

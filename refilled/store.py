@@ -7,6 +7,7 @@ leaves either the old state or the new one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import uuid
@@ -17,13 +18,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from refilled import distributed
-from refilled.errors import UserError
+from refilled.errors import StorageFullError, UserError, full_sentence, storage_full
 
 WAIT_S = 30.0  # how long a group waits for a lock before its workers talk to each other
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file's content atomically, flushed to the disk."""
+    """Replace a file's content atomically, flushed to the disk.
+
+    Raises:
+        StorageFullError: there is no room; the file stays as it was.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -31,8 +36,33 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise _named(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append_bytes(path: Path, content: bytes) -> None:
+    """Add to the end of a file, which is made where it is not there; all or nothing, but for a kill.
+
+    Raises:
+        StorageFullError: there is no room.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab", buffering=0) as file:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        if path.exists():
+            os.truncate(path, size)
+        raise _named(error, path) from error
+
+
+def _named(error: OSError, path: Path) -> OSError | StorageFullError:
+    """The error to raise: of a full disk the one that says what to do."""
+    is_full = storage_full(error) is not None
+    return StorageFullError(full_sentence(path)) if is_full else error
 
 
 def write_json(path: Path, value: object) -> None:
@@ -41,8 +71,16 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value of a JSON file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        UserError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # which bytes that are not text raise too
+        raise UserError(f"{path} must be a whole JSON file, but cannot be read.") from error
 
 
 @contextlib.contextmanager

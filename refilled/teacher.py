@@ -8,6 +8,7 @@ once train it once.
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,14 @@ from refilled.errors import UserError
 from refilled.evaluation import class_means
 from refilled.methods import TeacherSignal
 from refilled.models import Model, build_model
-from refilled.run_folder import RunFolder, load_tensors, run_key, save_tensors
+from refilled.run_folder import RunFolder, run_key
 from refilled.store import only_here
+from refilled.tensor_file import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from refilled.bank import Bank  # which asks the teacher
+
+_log = logging.getLogger(__name__)
 
 
 def pretraining_run(config: RunConfig) -> RunConfig:
@@ -118,8 +122,9 @@ class FrozenTeacher:
         identity = content_hash([folder.path.name, weights])
         path = storage / "prototypes" / f"{content_hash([identity, task.train.digest, config.precision])}.pt"
 
-        if distributed.agree(path.exists()):
-            prototypes = load_tensors(path)["prototypes"].to(compute.device)
+        kept = distributed.from_rank_zero(_kept_prototypes(path) if distributed.rank() == 0 else None)
+        if kept is not None:
+            prototypes = kept.to(compute.device)
         else:
             prototypes = class_means(model, task.train, task.normalization, compute)
             if distributed.rank() == 0:  # several processes may write the same content; each rename is whole
@@ -154,6 +159,18 @@ class FrozenTeacher:
     def signal(self, embedding: Tensor) -> TeacherSignal:
         """What the losses ask of the teacher for a global batch's embeddings [B, D]."""
         return TeacherSignal(embedding=embedding, prototypes=self.prototypes, logits=self.logits)
+
+
+def _kept_prototypes(path: Path) -> Tensor | None:
+    """The file's prototypes, none where it is not there, or, after a warning, is damaged."""
+    if not path.exists():
+        return None
+    try:
+        prototypes: Tensor = load_tensors(path)["prototypes"]
+    except (UserError, KeyError) as error:
+        _log.warning("%s must hold prototypes, but does not (%s); they are computed again.", path, error)
+        return None
+    return prototypes
 
 
 def model_state(config: RunConfig, task: Task, model: nn.Module) -> dict[str, object]:

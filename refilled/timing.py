@@ -29,8 +29,9 @@ from refilled.keyed import derive_seed
 from refilled.methods import StageName, needs_teacher, stages_of
 from refilled.models import build_model
 from refilled.rehearsal import Steps, some_of
-from refilled.run_folder import RunFolder, save_tensors
+from refilled.run_folder import RunFolder
 from refilled.teacher import FrozenTeacher, load_model, model_state, pretraining_run
+from refilled.tensor_file import save_tensors
 from refilled.training import FolderCarrier
 
 # What takes less than a block is repeated to fill one: a processor that others use too stops a step now and then, which
@@ -223,7 +224,9 @@ class _Measurement:
 
         def write() -> None:
             row = {"epoch": next(epochs)}
-            carrier.save({"row": row, "student": step.student.state_dict(), "optimizer": step.optimizer.state_dict()})
+            carrier.save(
+                {"rows": [row], "student": step.student.state_dict(), "optimizer": step.optimizer.state_dict()}
+            )
             carrier.report(row)
 
         return self._median_s(write, warm=True)

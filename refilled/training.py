@@ -46,8 +46,8 @@ class Carrier(Protocol):
     def report(self, row: Row) -> None:
         """Take an epoch's row; may end the run by raising."""
 
-    def repeat(self, row: Row) -> None:
-        """Take the rows up to this one again, which is the row of the state that was loaded."""
+    def repeat(self, rows: list[Row]) -> None:
+        """Take the rows of the state that was loaded again, all of its run so far."""
 
     def finish(self, row: Row, model: dict[str, Any]) -> None:
         """Keep the finished student."""
@@ -64,8 +64,8 @@ class FolderCarrier:
         self._on_report = on_report
 
     def load(self) -> dict[str, Any] | None:
-        """The folder's checkpoint."""
-        return self._folder.load_checkpoint()
+        """The folder's last whole checkpoint, as rank 0 reads it: another worker might see an older or a newer one."""
+        return distributed.from_rank_zero(self._folder.load_checkpoint() if distributed.rank() == 0 else None)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the checkpoint."""
@@ -79,16 +79,13 @@ class FolderCarrier:
         if self._on_report is not None:
             self._on_report(row)
 
-    def repeat(self, row: Row) -> None:
-        """Pass on every row up to this one, in order.
+    def repeat(self, rows: list[Row]) -> None:
+        """Pass on every row, in order, and keep those that the folder has lost.
 
         Whoever decides by rows may have died with the process that reported them, and must see each before the next.
         """
-        if self._on_report is not None:
-            for earlier in self._folder.rows():
-                if earlier["epoch"] < row["epoch"]:
-                    self._on_report(earlier)
-        self.report(row)  # it may have been lost with the process that saved its state
+        for row in rows:
+            self.report(row)
 
     def finish(self, row: Row, model: dict[str, Any]) -> None:
         """Close the folder."""
@@ -131,9 +128,11 @@ def run(
             trained it keeps it; none: it trains every stage, for itself.
 
     Returns:
-        The last row: `epoch` (1-based, over all stages), `stage`, `train_loss`, `learning_rate`, `images_per_second`,
-        `epoch_s`, `finished`, and with validation images `val_accuracy` (in stage embedding that of the nearest class
-        mean), `best_val_accuracy` and `best_epoch` (over the epochs of stage classifier so far).
+        The last row: `epoch` (1-based, over all stages), `stage`, `train_loss`, `learning_rate`, `gradient_norm` and
+        `gradient_norm_max` (mean and largest, over the epoch's steps, of the l2 norm of all parameters' gradients by
+        the global batch's loss), `images_per_second`, `epoch_s`, `finished`, and with validation images `val_accuracy`
+        (in stage embedding that of the nearest class mean), `best_val_accuracy` and `best_epoch` (over the epochs of
+        stage classifier so far).
 
     Raises:
         FloatingPointError: when the loss is no longer finite.
@@ -141,13 +140,14 @@ def run(
     _check(config, task, teacher)
     learner = _make_learner(config, task, teacher, compute)
     state = carrier.load()
-    row: Row = {}
+    rows: list[Row] = []
     if state is not None:
-        row = state["row"]
+        rows = state["rows"]
         learner.student.load_state_dict(state["student"])
-        carrier.repeat(row)
+        carrier.repeat(rows)
     elif shared is not None:
-        row = _take_over(learner, shared, carrier)
+        rows = _take_over(learner, shared, carrier)
+    row: Row = rows[-1] if rows else {}
     epochs_before = 0
     for stage in stages_of(config):
         optimizer = build_optimizer(_parameters(learner.student, stage), config.optimizer)
@@ -156,9 +156,11 @@ def run(
             optimizer.load_state_dict(state["optimizer"])
         for epoch in range(first, stage.num_epochs):
             row = _epoch(learner, stage, optimizer, epochs_before + epoch, epoch, previous=row)
-            carrier.save(
-                {"row": row, "student": learner.student.state_dict(), "optimizer": optimizer.state_dict()},
-            )
+            rows.append(row)
+            if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == stage.num_epochs:
+                carrier.save(
+                    {"rows": rows, "student": learner.student.state_dict(), "optimizer": optimizer.state_dict()},
+                )
             carrier.report(row)
         epochs_before += stage.num_epochs
         if shared is not None and stage.name == "embedding" and row["epoch"] == epochs_before:  # not a state beyond it
@@ -167,23 +169,23 @@ def run(
     return row
 
 
-def _take_over(learner: _Learner, shared: SharedStage, carrier: Carrier) -> Row:
+def _take_over(learner: _Learner, shared: SharedStage, carrier: Carrier) -> list[Row]:
     """Continue from a finished stage embedding, where there is one, as if it had been trained here.
 
     Its rows are reported with `shared`: true. No state is saved: until stage classifier has one, the stage is found
     again.
 
     Returns:
-        The stage's last row, empty where there is none.
+        The stage's rows, none where there is no such stage.
     """
     finished = shared.load(learner.student)
-    row: Row = {}
-    if finished is not None:
-        learner.student.load_state_dict(finished.student)
-        for each in finished.rows:
-            row = each | {"shared": True}
-            carrier.report(row)
-    return row
+    if finished is None:
+        return []
+    learner.student.load_state_dict(finished.student)
+    rows = [row | {"shared": True} for row in finished.rows]
+    for row in rows:
+        carrier.report(row)
+    return rows
 
 
 def _check(config: RunConfig, task: Task, teacher: FrozenTeacher | None) -> None:
@@ -232,7 +234,7 @@ def _epoch(
     config, started_s = learner.config, time.perf_counter()
     labels = learner.task.train.labels
     steps = num_batches(len(labels), config.global_batch_size)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=learner.compute.device)
+    loss_sum, norm_sum, norm_max = torch.zeros(3, dtype=torch.float64, device=learner.compute.device)
     learner.student.train()
     rate = 0.0
     for step, batch in enumerate(
@@ -247,7 +249,10 @@ def _epoch(
     ):
         rate = learning_rate(stage.schedule, (epoch_of_stage * steps + step) / (stage.num_epochs * steps))
         set_learning_rate(optimizer, rate)
-        loss_sum += _step(learner, stage, optimizer, batch, epoch) * len(batch.image_ids)
+        loss, norm = _step(learner, stage, optimizer, batch, epoch)
+        loss_sum += loss * len(batch.image_ids)
+        norm_sum += norm
+        norm_max = torch.maximum(norm_max, norm.double())
     train_loss = float(loss_sum) / len(labels)
     if not torch.isfinite(loss_sum):
         raise FloatingPointError(f"The loss is {train_loss} in epoch {epoch + 1} (stage {stage.name}).")
@@ -257,6 +262,8 @@ def _epoch(
         "stage": stage.name,
         "train_loss": train_loss,
         "learning_rate": rate,
+        "gradient_norm": float(norm_sum) / steps,
+        "gradient_norm_max": float(norm_max),
         "images_per_second": len(labels) / train_s,
     }
     row |= _validate(learner, stage, epoch, previous)
@@ -265,8 +272,10 @@ def _epoch(
     return row
 
 
-def _step(learner: _Learner, stage: Stage, optimizer: torch.optim.Optimizer, batch: Batch, epoch: int) -> Tensor:
-    """One update by one global batch; returns its loss, detached."""
+def _step(
+    learner: _Learner, stage: Stage, optimizer: torch.optim.Optimizer, batch: Batch, epoch: int
+) -> tuple[Tensor, Tensor]:
+    """One update by one global batch; returns its loss, detached, and the norm of its gradients; nothing waits."""
     config, compute = learner.config, learner.compute
     share = batch.share.to(compute.device, non_blocking=True)
     view_ids = learner.views.draw(share, seed=config.seed, epoch=epoch)
@@ -289,8 +298,10 @@ def _step(learner: _Learner, stage: Stage, optimizer: torch.optim.Optimizer, bat
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     distributed.sum_gradients(learner.student.parameters())
+    gradients = [each.grad for each in learner.student.parameters() if each.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
     optimizer.step()
-    return loss.detach()
+    return loss.detach(), norm
 
 
 def _validate(learner: _Learner, stage: Stage, epoch: int, previous: Row) -> Row:

@@ -24,9 +24,10 @@ from refilled.data.task import Task, load_task
 from refilled.data.views import Views
 from refilled.errors import UserError
 from refilled.execution import cache_of, execute, run_folder
-from refilled.run_folder import load_tensors, run_key, save_tensors
+from refilled.run_folder import run_key
 from refilled.store import only_here
 from refilled.teacher import FrozenTeacher, pretrain_once, teacher_folder
+from refilled.tensor_file import load_tensors, save_tensors
 
 BANK = {"bank.mode": "bank", "teacher_epochs": 2, "epochs": (2, 2)}
 TIMES = ("images_per_second", "epoch_s")

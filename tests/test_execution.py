@@ -15,8 +15,8 @@ from refilled.data.task import load_task, load_test_images
 from refilled.errors import UserError
 from refilled.evaluation import accuracy, class_means, first_of_each_class, nearest_mean_accuracy
 from refilled.execution import cache_of, execute, refit, run_folder
-from refilled.run_folder import load_tensors, save_tensors
 from refilled.teacher import load_model
+from refilled.tensor_file import load_tensors, save_tensors
 
 
 def test_refit_trains_on_all_images_and_reads_the_test_set_once(

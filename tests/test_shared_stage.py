@@ -24,9 +24,10 @@ from refilled.data.task import load_task
 from refilled.execution import cache_of, execute, refit, run_folder
 from refilled.models import build_model
 from refilled.presets import smoke
-from refilled.run_folder import RunFolder, load_tensors
+from refilled.run_folder import RunFolder
 from refilled.shared_stage import SharedStage, determines_embedding, embedding_key, embeddings_of
 from refilled.store import only_here, write_json
+from refilled.tensor_file import load_tensors
 
 NOT_TRAINED_ALIKE = ("images_per_second", "epoch_s", "shared")
 OTHER = {
@@ -334,6 +335,7 @@ SETTINGS: dict[str, tuple[Any, bool]] = {
     "seed": (1, True),
     "precision": ("bfloat16", True),
     "compile": (True, True),
+    "checkpoint_every": (3, False),
     "ncm_images_per_class": (7, True),
     "embedding.temperature": (1.0, True),
     "embedding.student_temperature": (1.0, True),

@@ -51,11 +51,11 @@ def train(storage: Path, broken: str = "") -> dict[str, Any]:
     """Rows, weights, and of every step its loss and the norm of each parameter's gradient."""
     steps: list[tuple[float, list[float]]] = []
 
-    def watched(learner: Any, *others: Any) -> Tensor:
-        loss = _step(learner, *others)
+    def watched(learner: Any, *others: Any) -> tuple[Tensor, Tensor]:
+        loss, norm = _step(learner, *others)
         gradients = [each.grad for each in learner.student.parameters()]
         steps.append((float(loss), [0.0 if each is None else float(each.norm()) for each in gradients]))
-        return loss
+        return loss, norm
 
     run = configuration(storage)
     with pytest.MonkeyPatch.context() as patch:

@@ -27,6 +27,7 @@ from ray.tune.search import Searcher
 from tune.allocation import Allocation, Budget
 from tune.cell_study import CellStudy, Rules
 from tune.ledger import StudyPlan, epochs_shared, epochs_trained, open_storage, overrides_of
+from tune.worker import STOP_SEARCH
 
 __all__ = ["Budget", "Counts", "Rules", "StudyPlan", "StudyScheduler", "StudySearcher", "open_storage", "overrides_of"]
 
@@ -61,6 +62,7 @@ class _Live:
     shared: set[int] = field(default_factory=set)  # epochs of another trial's embedding stage
     is_finite: bool = True
     last_row: Row | None = None
+    stopped_because: str = ""
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
@@ -73,6 +75,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
         storage: from `open_storage`, or any Optuna storage.
         rules: how trials are drawn and judged.
         budget: beside the plans' trials.
+
+    Attributes:
+        stopped_because: why no trial goes on, such as a full disk; those that ran then stay RUNNING in their studies,
+            to be taken over by the next driver. Empty while all is well.
     """
 
     def __init__(
@@ -91,6 +97,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
             list(self._cells.values()), budget, deterministic=rules.deterministic, transfer=rules.transfer
         )
         self._live: dict[str, _Live] = {}
+        self.stopped_because = ""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial.
@@ -100,6 +107,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
             `overrides` (dotted) and `config` (the whole run as a dict); or None while running trials may still need a
             successor; or FINISHED, which Tune takes as final.
         """
+        if self.stopped_because:
+            return None if self._live else str(Searcher.FINISHED)
         chosen = self._allocation.next_cell()
         if chosen is None:
             if self._live:
@@ -130,6 +139,9 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
         live = self._live.get(trial_id)
         if live is None or "val_accuracy" not in result:
             return
+        if STOP_SEARCH in result:
+            self.stopped_because = live.stopped_because = str(result[STOP_SEARCH])
+            return
         if live.last_row is None and "run_key" in result:
             live.trial.set_user_attr("run_key", result["run_key"])
         live.last_row = dict(result)
@@ -153,7 +165,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
         """
         self.on_trial_result(trial_id, row)
         live = self._live.get(trial_id)
-        if live is None or "val_accuracy" not in row:
+        if live is None or "val_accuracy" not in row or STOP_SEARCH in row:
             return False
         epoch = int(row["epoch"])
         if epoch not in live.decisions:
@@ -167,7 +179,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
         if result:
             self.on_trial_result(trial_id, result)
         live = self._live.pop(trial_id, None)
-        if live is None:
+        if live is None or live.stopped_because:
             return
         cell, trial, row = live.cell, live.trial, live.last_row
         if live.shared:

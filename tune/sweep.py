@@ -10,6 +10,7 @@ from optuna.storages import BaseStorage
 from refilled.bank import bank_pays, epochs_with_teacher
 from refilled.config import SearchConfig
 from refilled.data.views import Views
+from refilled.errors import UserError
 from tune.cluster import Resources
 from tune.plan import Plan
 from tune.progress import Progress
@@ -66,6 +67,9 @@ def run_search(
         progress: shows them.
         resources: of a trial.
         deadline_s: on the clock of `time.monotonic`; no trial starts later.
+
+    Raises:
+        UserError: no trial can go on, such as with a full disk; the next start continues.
     """
     search = plan.search
     cells = {cell.name: cell for cell in plan.all_cells}
@@ -92,6 +96,8 @@ def run_search(
         storage=plan.storage,
         callbacks=[SearchCallback(cells, searcher, recorder, progress)],
     )
+    if searcher.stopped_because:
+        raise UserError(searcher.stopped_because)
     after = [searcher.counts(name) for name in cells]
     winners, brought_by_cell = {}, {}
     for name, cell in cells.items():

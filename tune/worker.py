@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from refilled.config import Precision, RunConfig
-from refilled.errors import UserError
+from refilled.errors import UserError, storage_full
 
 if TYPE_CHECKING:
     from refilled.compute import Compute
@@ -33,6 +33,9 @@ Body = Callable[..., None]
 class WorkersLostError(Exception):
     """Workers of a group ended again and again; the message says how."""
 
+
+STOP_SEARCH = "stop_search"
+"""Field of a last row: why the whole search cannot go on, which is not this trial's failure."""
 
 FINAL_ERRORS = (FloatingPointError, UserError, WorkersLostError)
 """What would only come again: a run that diverged, bad input, workers that do not live."""
@@ -103,7 +106,8 @@ def with_last_word(train: Callable[[Report], None], report: Report) -> None:
 
     Tune would try a trial that raises again. Of this row the searcher makes a failed trial. It has `epoch`, the one
     after the last that was reported; `val_accuracy`, NaN; `finished`, false; `diverged`, whether the loss was no longer
-    finite; and `failure`, the error's message.
+    finite; and `failure`, the error's message. Where the disk is full the row has `stop_search`, what to do, instead of
+    the last two.
     """
     epoch = 0
 
@@ -114,16 +118,15 @@ def with_last_word(train: Callable[[Report], None], report: Report) -> None:
 
     try:
         train(remember)
-    except FINAL_ERRORS as error:
-        report(
-            {
-                "epoch": epoch + 1,
-                "val_accuracy": math.nan,
-                "finished": False,
-                "diverged": isinstance(error, FloatingPointError),
-                "failure": str(error),
-            }
-        )
+    except Exception as error:
+        full = storage_full(error)
+        if full is not None:
+            reason: Row = {STOP_SEARCH: str(full)}
+        elif isinstance(error, FINAL_ERRORS):
+            reason = {"diverged": isinstance(error, FloatingPointError), "failure": str(error)}
+        else:
+            raise
+        report({"epoch": epoch + 1, "val_accuracy": math.nan, "finished": False, **reason})
 
 
 def train_fn_per_worker(arguments: dict[str, Any]) -> Exception | None:

@@ -56,6 +56,8 @@ class RunConfig(Config):
     """float32, float64, or bfloat16 (autocast, channels-last)."""
     compile: bool = False
     """Compile the student with torch.compile; pays off on a GPU and over many epochs."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints; what is lost with a worker is trained again, to the same numbers."""
     ncm_images_per_class: int = 50
     """Training images a class that estimate the class means for validation during stage embedding."""
 
@@ -91,4 +93,5 @@ class RunConfig(Config):
         require(self.global_batch_size >= 2, "global_batch_size", "at least 2", self.global_batch_size)
         require(self.seed >= 0, "seed", "at least 0", self.seed)
         require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
+        require(self.checkpoint_every >= 1, "checkpoint_every", "at least 1", self.checkpoint_every)
         require(self.ncm_images_per_class >= 1, "ncm_images_per_class", "at least 1", self.ncm_images_per_class)

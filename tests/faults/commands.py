@@ -19,7 +19,7 @@ from processes import TITLES, belonging, kill, left_over, working_as
 
 ROOT = Path(__file__).parents[2]
 LONGEST_S = 600.0  # for a command to end that nobody disturbs any more
-QUIET_S = 90.0  # for a command to train (again)
+QUIET_S = 240.0  # for a command to train (again)
 TRAINING = {"tune/search.py": ("trial", "helper"), "tune/train.py": ("train worker",)}
 
 
@@ -93,7 +93,7 @@ class ClusterPlace(Place):
         }
 
     def __enter__(self) -> Self:
-        flags = ["--head", "--num-cpus=0", f"--port={self._port}", "--include-dashboard=false"]
+        flags = ["--head", "--num-cpus=0", f"--port={self._port}", f"--dashboard-port={free_port()}"]
         self._head = self._start(*flags, f"--temp-dir={self.folder}", "--node-ip-address=127.0.0.1")
         self._nodes = [self._add_node() for _ in range(self._num_nodes)]
         return self
@@ -209,6 +209,12 @@ class Command:
             raise EndedBadlyError(f"not over after {LONGEST_S:g} s: {self._tail}") from error
         if code != 0:
             raise EndedBadlyError(f"ended with {code}: {self._tail}")
+
+    def end(self) -> None:
+        """SIGKILL, if it still runs."""
+        if self._process is not None and not self._is_over:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     @property
     def _log(self) -> Path:

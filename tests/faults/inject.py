@@ -60,7 +60,7 @@ SCENARIOS = (
     Scenario(
         "elastic train.py on a cluster",
         "tune/train.py --overlap 0.4 --epochs 100 150 --teacher-epochs 20 --workers 1:2 --precision float64",
-        ("node", "controller"),
+        ("node",),
         place=functools.partial(ClusterPlace, num_nodes=2),
         tolerance=1e-9,
     ),
@@ -140,6 +140,7 @@ def one_round(scenario: Scenario, command: Command, kinds: Iterator[str], most: 
         command.finish()
     except EndedBadlyError as error:
         done.trouble = str(error)
+        command.end()
     return done
 
 
