@@ -145,6 +145,10 @@ def train_fn_per_worker(arguments: dict[str, Any]) -> Exception | None:
         work(**wanted)
     except FINAL_ERRORS as error:
         return error
+    except OSError as error:
+        if full := storage_full(error):
+            return full
+        raise
     return None
 
 

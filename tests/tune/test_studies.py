@@ -10,6 +10,7 @@ from refilled.config import RunConfig
 from refilled.errors import UserError
 from tune.pruning import HalvingPruner
 from tune.studies import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage, overrides_of
+from tune.worker import STOP_SEARCH
 
 EPOCHS = 8
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -271,6 +272,23 @@ def test_trials_of_a_dead_driver_are_taken_over_as_they_are(storage):
     counts = reopened.counts("cell")
     assert (counts.done, counts.failed, counts.running) == (6, 0, 0)
     assert len(trials_of(storage, plan())) == 6
+
+
+def test_what_stops_the_search_fails_no_trial_and_the_next_driver_goes_on(storage):
+    first = StudySearcher([plan()], storage, Rules(seed=0, transfer=False))
+    numbers = [first.suggest(name)["number"] for name in "ab"]
+    report(first, "a", make_row(1, 0.5))
+    last = {"epoch": 2, "val_accuracy": math.nan, "finished": False, STOP_SEARCH: "The disk is full."}
+    assert report(first, "a", last) == "CONTINUE"
+    first.on_trial_complete("a", last)
+    assert first.stopped_because == "The disk is full."
+    assert first.suggest("c") is None  # b may still end in peace
+    first.on_trial_complete("b", last)
+    assert first.suggest("c") == Searcher.FINISHED
+    assert {trial.state for trial in trials_of(storage, plan())} <= {TrialState.RUNNING, TrialState.WAITING}
+    second = StudySearcher([plan()], storage, Rules(seed=0, transfer=False))
+    assert [run_trial(second, name, [0.5] * EPOCHS) for name in "ab"] == numbers
+    assert [trials_of(storage, plan())[number].state for number in numbers] == [TrialState.COMPLETE] * 2
 
 
 def test_a_trial_whose_driver_died_while_it_was_drawn_is_drawn_to_the_end(storage):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from refilled.errors import UserError
 from refilled.execution import cache_of, run_folder
 from refilled.presets import smoke
 from tune.cluster import Resources
-from tune.worker import known_process_state, train_fn_per_worker, with_last_word, work
+from tune.worker import STOP_SEARCH, known_process_state, train_fn_per_worker, with_last_word, work
 
 RUN = dataclasses.replace(smoke().run, overlap=0.4, epochs=(1, 2), teacher_epochs=2)
 ONE = Resources(num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, slots=1, slots_now=1)
@@ -201,6 +202,21 @@ def test_the_last_word_of_an_error_that_is_final(error: Exception, diverged: boo
     with pytest.raises(KeyError):
         with_last_word(lambda report: {}["missing"], rows.append)
     assert len(rows) == 2
+
+
+def test_the_last_word_of_a_full_disk_stops_the_search(tmp_path: Path) -> None:
+    def train(report: Any) -> None:
+        report({"epoch": 3})
+        raise RuntimeError("a library's own") from OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+
+    rows: list[dict[str, Any]] = []
+    with_last_word(train, rows.append)
+    last = rows[-1]
+    assert (last["epoch"], last["finished"]) == (4, False)
+    assert math.isnan(last["val_accuracy"])
+    assert "failure" not in last
+    assert str(tmp_path) in last[STOP_SEARCH]
+    assert "is full: free some space" in last[STOP_SEARCH]
 
 
 def test_a_train_group_is_not_tried_again_where_its_run_diverged(prepared: Path) -> None:
