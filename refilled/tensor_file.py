@@ -54,8 +54,6 @@ def _is_whole(content: bytes) -> bool:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             parts = archive.infolist()
-            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-                return False
             if sum(part.file_size for part in parts) > len(content):
                 return False
             return bool(parts) and archive.testzip() is None

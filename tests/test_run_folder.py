@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,28 @@ def test_damaged_tensor_files_are_refused_or_read_to_the_same_values(
     assert num_refused > 150  # the others hit names' paddings, or dates, which carry nothing
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x02garbage", b"\x80\x02]\x94.", b"\x80\x04cos\nsystem\n.", b"(" * 10_000]
+)
+def test_an_archive_that_is_whole_and_holds_something_else_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "other.pt"
+    save_tensors(path, {"weights": torch.zeros(2)})
+    with zipfile.ZipFile(path) as archive:
+        parts = {part.filename: archive.read(part) for part in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, part in parts.items():
+            archive.writestr(name, content if name.endswith("data.pkl") else part)
+    assert read_or_refuse(path, load_tensors) is None
+
+
+def test_an_archive_that_would_expand_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
+    assert path.stat().st_size < 100_000
+    assert read_or_refuse(path, load_tensors) is None
+
+
 def test_damaged_json_is_refused_or_is_json_still(run: RunConfig, interrupted: Path, tmp_path: Path) -> None:
     whole = run_folder(run, interrupted).path / "config.json"
     num_refused = 0
@@ -138,6 +161,14 @@ def test_damaged_rows_are_the_whole_ones_before(run: RunConfig, interrupted: Pat
         assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1)), name
         folder.append_row({"epoch": len(rows) + 1})
         assert folder.rows() == [*rows, {"epoch": len(rows) + 1}], name
+
+
+def test_rows_after_a_lost_one_are_not_trusted(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics_path.write_text('{"epoch": 1}\n{"epoch": 3}\n{"epoch": 4}\n')
+    assert folder.rows() == [{"epoch": 1}]
+    folder.append_row({"epoch": 2})
+    assert folder.metrics_path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
 
 
 @pytest.mark.parametrize(
