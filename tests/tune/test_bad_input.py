@@ -141,7 +141,10 @@ def test_trial_that_can_never_fit_is_refused_with_the_numbers(
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--workers", "0"], "workers must be at least 1, got 0"),
+        (["--workers", "0"], "workers must be a number of at least 1, or LEAST:MOST such as 1:4, got '0'"),
+        (["--workers", "4:1"], "workers must be a number of at least 1, or LEAST:MOST such as 1:4, got '4:1'"),
+        (["--workers", "1:2:3"], "got '1:2:3'"),
+        (["--workers", "many"], "got 'many'"),
         (["--overlap", "0.3"], "overlap must be k/5"),
         (["--student", "lenet"], "'lenet'"),
     ],
