@@ -50,7 +50,7 @@ class Tracker:
     Args:
         uri: Tracking URI, see `resolve_tracking_uri`.
         experiment: Name of the experiment.
-        artifact_root: Where a new experiment of a SQLite store keeps artifacts; none: `artifacts` beside the file. A
+        artifact_root: Where a new experiment of a database keeps artifacts; none: `artifacts` beside a SQLite file. A
             server decides for itself.
         storage: Folder in which everything told is kept until MLflow has it; none: it is lost with the process.
 

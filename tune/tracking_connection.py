@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune.tracking_store import find_or_create_experiment, open_store, sqlite_path, unusable_store
+from tune.tracking_store import find_or_create_experiment, is_server, open_store, sqlite_path, unusable_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -17,7 +17,7 @@ class Connection:
     Args:
         uri: Tracking URI.
         experiment: Name of the experiment, created where it is missing.
-        artifact_root: Where a new experiment of a SQLite store keeps artifacts; none: `artifacts` beside the file.
+        artifact_root: Where a new experiment of a database keeps artifacts; none: `artifacts` beside a SQLite file.
 
     Raises:
         UserError: The artifacts' folder cannot be one.
@@ -49,11 +49,14 @@ class Connection:
 
 
 def _checked_artifact_root(uri: str, artifact_root: Path | None) -> Path | None:
-    """The folder of a SQLite store's artifacts; MLflow alone would put them into the current directory."""
+    """The folder of a database's artifacts: MLflow alone would put them into the current directory, a job's copy.
+
+    A server has its own.
+    """
     path = sqlite_path(uri)
-    if path is None:
+    root = artifact_root if artifact_root is not None or path is None else path.parent / "artifacts"
+    if root is None or is_server(uri):
         return None
-    root = artifact_root or path.parent / "artifacts"
     existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise unusable_store(uri, f"artifact folder {root}: {existing} is not a folder")

@@ -127,6 +127,11 @@ def open_store(uri: str, *, create: bool) -> MlflowClient:
         raise unusable_store(uri, error) from error
 
 
+def is_server(uri: str) -> bool:
+    """Whether an address is a server's, not a database's."""
+    return _scheme(uri) in _SERVERS
+
+
 def sqlite_path(uri: str) -> Path | None:
     """The file of a SQLite URI, None for any other store.
 
@@ -149,7 +154,7 @@ def find_or_create_experiment(client: MlflowClient, uri: str, name: str, artifac
         client: Client of the store.
         uri: Its address, for the error.
         name: Name of the experiment.
-        artifact_root: Where a new experiment of a SQLite store keeps its artifacts.
+        artifact_root: Where a new experiment of a database keeps its artifacts.
 
     Raises:
         UserError: The name is not one MLflow takes, or belongs to a deleted experiment.

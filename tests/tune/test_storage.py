@@ -240,3 +240,20 @@ def test_a_wrong_password_is_the_users_to_change(server):
     assert "password authentication failed" in message
     assert "secret" not in message
     assert "\n" not in message
+
+
+def test_mlflow_in_postgresql_keeps_artifacts_in_the_storage(server, tmp_path):
+    from mlflow import MlflowClient
+
+    from tune.tracking import Tracker
+
+    with psycopg.connect(server.target("postgres"), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE mlflow")
+    url = server.url().replace("/studies?", "/mlflow?")
+    with Tracker(url, "digits", artifact_root=tmp_path / "artifacts", storage=tmp_path) as tracker:
+        tracker.start_search("key", name="search", params={}, tags={})
+        tracker.finish_search(status="FINISHED")
+    client = MlflowClient(url)
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment.artifact_location == (tmp_path / "artifacts").as_uri()
+    assert [run.info.status for run in client.search_runs([experiment.experiment_id])] == ["FINISHED"]
