@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.tables import require_one_search
+from analysis.tables import plain_text, require_one_search
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_LONGEST_NAME = 24  # characters in a title or legend
 _PANELS_A_ROW = 4
 _PANEL_SIZE = (3.2, 2.9)  # inches
 _METHOD_COLOURS = ("#0b5fa5", "#c2410c", "#15803d", "#7e22ce")
@@ -99,5 +100,7 @@ def _in_percent(fractions: Iterable[float]) -> list[float]:
 
 
 def _plain(text: object) -> str:
-    """Text from outside without matplotlib's formula markup."""
-    return " ".join(str(text).split()).replace("$", r"\$")
+    """Text from outside without matplotlib's formula markup, short enough for a panel."""
+    plain = plain_text(text)
+    short = plain if len(plain) <= _LONGEST_NAME else f"{plain[: _LONGEST_NAME - 1]}…"
+    return short.replace("$", r"\$")

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING
 from analysis.plots import accuracy_over_overlap, save_figure
 from analysis.runs import ALL_SEARCHES, fetch_runs
 from analysis.summary import summarise
-from analysis.tables import document, overlap_table
+from analysis.tables import document, overlap_table, plain_text
 from refilled.command import new_app, run_app
 from refilled.errors import UserError
 from tune.tracking_store import resolve_tracking_uri
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_FORMULA = ("=", "+", "-", "@")
 
 app = new_app("report", "Tables and figures of a search, from what MLflow holds.")
 
@@ -86,8 +88,15 @@ def write_report(cells: pd.DataFrame, experiment: str, out: Path) -> list[Path]:
 
 
 def _flat(cells: pd.DataFrame) -> pd.DataFrame:
-    """Lists as texts with spaces between, which every reader of CSV takes."""
-    return cells.map(lambda value: " ".join(str(item) for item in value) if isinstance(value, list) else value)
+    """Lists as texts with spaces between, which every reader of CSV takes, and no text that a spreadsheet computes."""
+
+    def plain(value: object) -> object:
+        if not isinstance(value, list | str):
+            return value
+        text = plain_text(value if isinstance(value, str) else " ".join(str(item) for item in value))
+        return f"'{text}" if text.startswith(_FORMULA) else text
+
+    return cells.map(plain)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+from refilled.data.text import shown
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -13,9 +15,14 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 _MISSING = "-"
 
 
+def plain_text(text: object) -> str:
+    """Text from outside in one line, with escapes for what cannot be printed, or turns the text around."""
+    return shown(" ".join(str(text).split()))
+
+
 def escape_markdown(text: object) -> str:
     """Text from outside as it reads, in one table field: no markup, no HTML, no line break."""
-    flat = " ".join(str(text).split())
+    flat = plain_text(text)
     flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _SPECIAL.sub(r"\\\1", flat)
 

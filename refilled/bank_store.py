@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import math
 import mmap
 import os
@@ -99,7 +98,7 @@ def open_bank(path: Path, expected: BankFormat) -> Rows | None:
     if not path.exists():
         return None
     try:
-        meta = read_json(path / META)
+        meta = _meta(path / META)
         with (path / ROWS).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             _verify(path / ROWS, file, meta, expected)
@@ -112,11 +111,16 @@ def open_bank(path: Path, expected: BankFormat) -> Rows | None:
         raise DamagedError(f"{Path(error.filename).name} is missing") from None
     except BlockingIOError:
         return None  # just being deleted
-    except json.JSONDecodeError:
-        raise DamagedError(f"{META} is not JSON") from None
     with contextlib.suppress(OSError):  # a bank that can only be read is still a bank
         (path / USED).touch()
     return np.frombuffer(mapped, dtype=expected.numpy_dtype).reshape(-1, expected.dim)
+
+
+def _meta(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (ValueError, RecursionError):  # neither UTF-8 nor JSON, or JSON nested too deeply
+        raise DamagedError(f"{META} is not JSON") from None
 
 
 def _verify(path: Path, file: BinaryIO, meta: Any, expected: BankFormat) -> None:

@@ -167,6 +167,11 @@ class CellStudy:
         else:
             self.failed += 1
 
+    def again(self, trial: optuna.Trial) -> None:
+        """Hand a trial out once more, next, as it is: it was not its fault that it ended."""
+        self.running -= 1
+        self._drawn.appendleft(trial)
+
     def drop_leftovers(self) -> None:
         """Fail what a dead driver left and the budget no longer has room for; else it would be running for ever."""
         while self._drawn:

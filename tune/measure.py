@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 import os
 import shutil
 import statistics
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # part of every timing's name: raise it when what is timed changes
 MOST_TOGETHER = 64  # tasks that measure side by side, however many trials will
 WAIT_S = 20.0  # for the others to be ready, and to be done
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,13 @@ def measure_all(plan: Plan, resources: Resources) -> Timings:
     started_s = time.monotonic()
     runs = {kind_of(cell): cell.run for cell in reversed(plan.all_cells)}
     paths = {kind: _path(plan, run, resources) for kind, run in runs.items()}
-    unknown = [kind for kind, path in paths.items() if not path.exists()]
+    known = {kind: _kept(path) for kind, path in paths.items()}
+    records = {kind: record for kind, record in known.items() if record is not None}
+    unknown = [kind for kind in paths if kind not in records]
     for together in _rounds(unknown, max(1, min(MOST_TOGETHER, resources.slots_now * resources.num_workers))):
         for kind, record in _measure_together(together, runs, plan.storage, resources).items():
             write_json(paths[kind], record)
-    records = {kind: read_json(path) for kind, path in paths.items()}
+            records[kind] = record
     times = {kind: StepTimes(**record["times"]) for kind, record in records.items()}
     for each in times.values():
         workers_per_gpu(each.peak_bytes, each.total_bytes, resources.gpus_per_worker)
@@ -71,6 +76,23 @@ def measure_all(plan: Plan, resources: Resources) -> Timings:
         worker_start_s=max(record["worker_start_s"] for record in records.values()),
         took_s=time.monotonic() - started_s if unknown else 0.0,
     )
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """A timing taken earlier, or none where there is none, or none that can be read: it is taken again."""
+    from refilled.timing import StepTimes
+
+    if not path.exists():
+        return None
+    try:
+        record = read_json(path)
+        numbers = [*dataclasses.asdict(StepTimes(**record["times"])).values(), record["worker_start_s"]]
+        if all(isinstance(each, int | float) and 0 <= each < math.inf for each in numbers):
+            return dict(record)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # what a damaged file can turn out to be
+        pass
+    _log.warning("Timing %s is damaged; it is taken again.", path)
+    return None
 
 
 def _path(plan: Plan, run: RunConfig, resources: Resources) -> Path:

@@ -115,6 +115,7 @@ class SearchCallback(Callback):  # type: ignore[misc]  # Ray has no types
         self._searcher = searcher
         self._recorder = recorder
         self._progress = progress
+        self._started: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its callbacks into a file that nobody reads, and threads cannot be pickled."""
@@ -122,6 +123,7 @@ class SearchCallback(Callback):  # type: ignore[misc]  # Ray has no types
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial begins, or begins again."""
+        self._started.add(trial.trial_id)
         cell, run = self._cell_and_run(trial)
         self._recorder.open_trial(cell, run, trial.config["number"], trial.config["origin"])
         self._progress.trial_started(cell.name, self._searcher.allowed(cell.name))
@@ -142,7 +144,11 @@ class SearchCallback(Callback):  # type: ignore[misc]  # Ray has no types
             self._ended(trial, "complete" if row.get("finished") else "pruned")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial failed."""
+        """A trial failed, or its process was lost before it began."""
+        if self._searcher.comes_again(trial.trial_id):
+            return
+        if trial.trial_id not in self._started:
+            self.on_trial_start(iteration, trials, trial)
         error = str(trial.get_error() or "").strip().splitlines()
         self._progress.note(f"A trial of {trial.config['cell']} failed: {error[-1] if error else 'no reason given'}")
         self._ended(trial, "failed")

@@ -14,6 +14,7 @@ folders and repeat their rows, of which each is told once.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ from tune.worker import STOP_SEARCH
 __all__ = ["Budget", "Counts", "Rules", "StudyPlan", "StudyScheduler", "StudySearcher", "open_storage", "overrides_of"]
 
 Row = Mapping[str, Any]
+MAX_LOST_STARTS = 5  # of one trial, before it is taken for the reason itself
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
         )
         self._live: dict[str, _Live] = {}
         self.stopped_because = ""
+        self._lost_starts: Counter[tuple[str, int]] = Counter()  # by cell and number
+        self._to_repeat: set[str] = set()  # ids, of Tune's, of trials that are handed out again under another id
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial.
@@ -181,6 +185,9 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
         live = self._live.pop(trial_id, None)
         if live is None or live.stopped_because:
             return
+        if trial_id in self._to_repeat:
+            live.cell.again(live.trial)
+            return
         cell, trial, row = live.cell, live.trial, live.last_row
         if live.shared:
             trial.set_user_attr("epochs_shared", len(live.shared))
@@ -197,6 +204,23 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
             cell.study.tell(trial, state=TrialState.FAIL)
             is_done = False
         cell.ended(is_done=is_done, epochs=len(live.told) - len(live.shared))
+
+    def lost_while_starting(self, trial_id: str) -> None:
+        """A trial's process ended before the trial began, for which Tune gives the trial up at once.
+
+        It is handed out again, under a new id of Tune's and the same number, up to `MAX_LOST_STARTS` times.
+        """
+        live = self._live.get(trial_id)
+        if live is None:
+            return
+        place = live.cell.plan.key, live.trial.number
+        self._lost_starts[place] += 1
+        if self._lost_starts[place] <= MAX_LOST_STARTS:
+            self._to_repeat.add(trial_id)
+
+    def comes_again(self, trial_id: str) -> bool:
+        """Whether what Tune calls a failed trial is handed out again."""
+        return trial_id in self._to_repeat
 
     def best(self, key: str) -> FrozenTrial | None:
         """The complete trial with the highest value, the earliest of equals; none where no trial completed."""
@@ -266,6 +290,11 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]  # Ray has no types
     def __init__(self, searcher: StudySearcher) -> None:
         super().__init__()
         self._searcher = searcher
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Tune gave a trial up; called before the searcher is told."""
+        if trial.status == trial.PENDING:
+            self._searcher.lost_while_starting(trial.trial_id)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Row) -> str:
         """Tell the row and ask; Tune calls this before it calls the searcher."""

@@ -85,13 +85,27 @@ def train_on_group(
     for attempt in range(1 + MAX_CONTROLLER_LOSSES):
         try:
             error = trainer.fit().return_value
-        except ray.exceptions.ActorDiedError:  # the controller's process; its workers end with it
-            if attempt == MAX_CONTROLLER_LOSSES:
+        except (ray.exceptions.RayActorError, ray.train.ControllerError) as loss:
+            if attempt == MAX_CONTROLLER_LOSSES or not _may_pass(loss, is_elastic=is_elastic):
                 raise
         else:
             break
     if error is not None:
         raise error
+
+
+def _may_pass(loss: Exception, *, is_elastic: bool) -> bool:
+    """Whether a group that ended so may work when it is started again.
+
+    The controller's process was lost, with which its workers end; or it lost an actor of its own with a node, which
+    Ray Train takes for a defect of the controller. And for minutes after a loss an elastic controller counts on room
+    that is gone, or that a lost one had reserved.
+    """
+    import ray.exceptions
+
+    cause = getattr(loss, "controller_failure", loss)
+    is_timeout = type(cause).__name__ == "WorkerGroupStartupTimeoutError"  # which Ray exports nowhere
+    return isinstance(cause, ray.exceptions.RayActorError) or (is_elastic and is_timeout)
 
 
 def train_driver_fn(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
+import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,12 @@ from refilled.data.images import ImageSet, SourcePart, make_image_set
 from refilled.errors import UserError
 
 FORMAT_VERSION = 1  # raise when the same source is to be decoded to other pixels, or entries get another layout
+# What reading these files raises when they are damaged: NumPy parses a header as Python's own literals, and believes
+# its shape; JSON may be nested too deeply. Whatever it was, the entry is made again.
+_DAMAGE = (
+    *(OSError, EOFError, ValueError, OverflowError, TypeError, KeyError),
+    *(MemoryError, RecursionError, SyntaxError, tokenize.TokenError),
+)
 _log = logging.getLogger(__name__)
 
 
@@ -83,7 +90,7 @@ def _read(entry: Path) -> ImageSet | None:
         labels = np.load(entry / "labels.npy", allow_pickle=False)
         image_set = make_image_set(torch.from_numpy(images), torch.from_numpy(labels), meta["class_names"])
         return image_set if image_set.digest == meta["digest"] else None
-    except (OSError, EOFError, ValueError, OverflowError, TypeError, KeyError):  # what damage can turn these files into
+    except _DAMAGE:
         return None
 
 

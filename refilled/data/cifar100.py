@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from refilled.data.cache import locked_folder
-from refilled.data.decode import one_line, resize_images
+from refilled.data.decode import resize_images
 from refilled.data.images import ImageSet, PartName, SourcePart, make_image_set
+from refilled.data.text import one_line
 from refilled.errors import UserError
 
 # The MD5 by which torchvision accepts the archive. It stands here too so that decoded images are found in the cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
 import warnings
 from collections import deque
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from refilled.data.text import one_line
 from refilled.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 # Larger than any photograph worth resizing to a training size; a file of some kilobytes can claim far more.
 MAX_PIXELS = 64 * 2**20
+MAX_FILE_BYTES = 4 * MAX_PIXELS + 2**20  # of one encoded image: the most pixels uncompressed, and a header
 # What data sets are made of. Pillow knows more formats, one of which (EPS) starts another program to decode.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _CHUNK = 64  # images a task: small ones decode in 0.1 ms, which handing over a task would double
@@ -35,7 +38,9 @@ Pixels = npt.NDArray[np.uint8]
 def decode_images(encoded: Iterable[tuple[str, bytes]], count: int, image_size: int | None) -> Pixels:
     """Decode images to RGB, as stored or resized (shorter side, bicubic with antialiasing, then the central square).
 
-    Transparency is dropped, the first frame of an animation is taken, and an EXIF orientation is not applied.
+    Transparency is dropped, the first frame of an animation is taken, and an EXIF orientation is not applied. The
+    checksums of a PNG are compared. Other formats have none: damage that still decodes gives other pixels, and so
+    another digest.
 
     Args:
         encoded: the images in order; each a name for messages and the content of the file.
@@ -86,11 +91,6 @@ def resize_images(images: Pixels, image_size: int | None) -> Pixels:
     return out
 
 
-def one_line(error: BaseException) -> str:
-    """The message of another library's error, fit to stand inside a sentence."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-
-
 def _decode_chunk(
     chunk: list[tuple[int, tuple[str, bytes]]], image_size: int | None, out: Pixels, first_name: str
 ) -> None:
@@ -108,9 +108,13 @@ def _decode(name: str, content: bytes, image_size: int | None) -> Pixels:
     """One image as uint8 [3, H, W]."""
     from PIL import Image, UnidentifiedImageError
 
+    if len(content) > MAX_FILE_BYTES:
+        raise UserError(f"{name} has {len(content)} bytes, too many for an image; at most {MAX_FILE_BYTES} are read.")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _check_header(name, image, image_size)
+            if image.format == "PNG":
+                _verify_checksums(content)
             rgb = image.convert("RGB")
         return _channels_first(rgb if image_size is None else _central_square(rgb, image_size))
     except (UserError, MemoryError):
@@ -132,6 +136,14 @@ def _check_header(name: str, image: Image.Image, image_size: int | None) -> None
         raise UserError(f"{name} has more than 8 bits a channel (mode {image.mode}); only 8-bit images are read.")
 
 
+def _verify_checksums(content: bytes) -> None:
+    """Compare a PNG's checksums, which Pillow skips where it decodes; it must open the file anew for that."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+        image.verify()
+
+
 def _central_square(image: Image.Image, image_size: int) -> Image.Image:
     from PIL import Image
 
@@ -149,13 +161,13 @@ def _channels_first(image: Image.Image) -> Pixels:
 
 
 def _allocate(count: int, shape: tuple[int, ...], first_name: str) -> Pixels:
-    try:
-        return np.empty((count, *shape), dtype=np.uint8)
-    except MemoryError as error:
+    # An operating system that promises more memory than it has ends the process only when the pixels are written.
+    if count * math.prod(shape) > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise UserError(
             f"{count} images of {_size(shape)} pixels, the size of {first_name}, do not fit into memory; "
             "set a smaller image_size."
-        ) from error
+        )
+    return np.empty((count, *shape), dtype=np.uint8)
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -1,6 +1,7 @@
 """Source `imagefolder:PATH`: a folder or a zip with `train/<class>/*` and `test/<class>/*`.
 
-A zip is read member by member in memory and never unpacked. The same content gives the same ImageSet, and the same
+A zip is read member by member in memory and never unpacked. A link in a folder is followed, since data sets are often
+folders of links, but only to a file. The same content gives the same ImageSet, and the same
 cache entry, whether it lies in a folder or in a zip, with or without one folder around `train` and `test`.
 """
 
@@ -8,23 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
 
-from refilled.data.decode import decode_images, one_line
+from refilled.data.decode import MAX_FILE_BYTES, decode_images
 from refilled.data.images import ImageSet, PartName, SourcePart, check_class_names, make_image_set
+from refilled.data.text import shown
+from refilled.data.zip_images import check_unread, is_link, list_members, open_zip
 from refilled.errors import UserError
 
 MAX_PART_BYTES = 16 * 2**30  # of a zip's part after decompression: far above what fits on a device as pixels
 _PARTS: tuple[PartName, ...] = ("train", "test")
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
 
 Reader = Callable[[str], bytes]
 """From the location of an image to its content."""
@@ -63,7 +62,8 @@ def find_part(path: Path, name: PartName) -> SourcePart:
     names = check_class_names(sorted(listing.classes.get("train", by_class)), f"{path}/{name}")
     unknown = sorted(set(by_class) - set(names))
     if unknown:
-        raise UserError(f"{path}/{name}/{unknown[0]} must have a folder {unknown[0]} in {path}/train too.")
+        odd = shown(unknown[0])
+        raise UserError(f"{path}/{name}/{odd} must have a folder {odd} in {path}/train too.")
     empty = [class_name for class_name in names if not by_class.get(class_name)]
     if empty and name == "train":
         raise UserError(f"{path}/{name}/{empty[0]} holds no images; every class folder needs at least one.")
@@ -95,7 +95,7 @@ def _read(
     path: Path, listing: _Listing, files: list[tuple[int, str]], names: tuple[str, ...], image_size: int | None
 ) -> ImageSet:
     with listing.open() as read:
-        encoded = ((f"{path}/{location}", read(location)) for _, location in files)
+        encoded = ((f"{path}/{shown(location)}", read(location)) for _, location in files)
         images = decode_images(encoded, len(files), image_size)
     labels = torch.tensor([label for label, _ in files], dtype=torch.int64)
     return make_image_set(torch.from_numpy(images), labels, names)
@@ -127,16 +127,23 @@ def _list_folder(path: Path) -> _Listing:
                 classes.setdefault(part, {})[folder.name] = files
     except OSError as error:
         raise UserError(
-            f"{error.filename or path} cannot be listed ({error.strerror}); it must be readable."
+            f"{shown(error.filename or path)} cannot be listed ({error.strerror}); it must be readable."
         ) from error
 
-    def read(location: str) -> bytes:
-        try:
-            return (path / location).read_bytes()
-        except OSError as error:
-            raise UserError(f"{path / location} cannot be read ({error.strerror}); it must be readable.") from error
+    return _Listing(classes, dict.fromkeys(_PARTS, 0), lambda: nullcontext(lambda location: _content(path / location)))
 
-    return _Listing(classes, dict.fromkeys(_PARTS, 0), lambda: nullcontext(read))
+
+def _content(file: Path) -> bytes:
+    try:
+        if not file.is_file():  # a pipe or device would never end
+            raise UserError(f"{shown(file)} must be a file with an image, or a link to one.")
+        with file.open("rb") as opened:
+            content = opened.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{shown(file)} cannot be read ({error.strerror}); it must be readable.") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise UserError(f"{shown(file)} has more than {MAX_FILE_BYTES} bytes, too many for an image.")
+    return content
 
 
 def _children(folder: Path) -> list[Path]:
@@ -144,13 +151,9 @@ def _children(folder: Path) -> list[Path]:
 
 
 def _list_zip(path: Path) -> _Listing:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except _ZIP_ERRORS as error:
-        raise UserError(f"{path} cannot be read as a zip ({one_line(error)}); it must be a whole zip file.") from error
-    wanted = [(PurePosixPath(member.filename).parts, member) for member in members]
-    wanted = [(parts, member) for parts, member in wanted if parts and not any(_is_litter(part) for part in parts)]
+    named = [(PurePosixPath(member.filename).parts, member) for member in list_members(path)]
+    wanted = [(parts, member) for parts, member in named if parts and not any(_is_litter(part) for part in parts)]
+    unread = [member for parts, member in named if not parts or any(_is_litter(part) for part in parts)]
     tops = {parts[0] for parts, _ in wanted}
     skip = 1 if len(tops) == 1 and not tops & set(_PARTS) else 0
     classes: dict[PartName, dict[str, list[tuple[str, str]]]] = {}
@@ -158,6 +161,10 @@ def _list_zip(path: Path) -> _Listing:
     for parts, member in sorted(wanted, key=lambda item: item[0]):
         inner = parts[skip:]
         part: PartName | None = next((p for p in _PARTS if inner and inner[0] == p), None)
+        if part is not None and is_link(member):
+            raise UserError(f"{shown(path / member.filename)} is a link; a zip must hold the images themselves.")
+        if part is None or len(inner) < 2 or member.is_dir() or len(inner) == 2:
+            unread.append(member)
         if part is None or len(inner) < 2 or (len(inner) == 2 and not member.is_dir()):
             continue
         if len(inner) > 3 or (len(inner) == 3 and member.is_dir()):
@@ -165,26 +172,11 @@ def _list_zip(path: Path) -> _Listing:
         files = classes.setdefault(part, {}).setdefault(inner[1], [])
         if len(inner) == 3:
             if files and files[-1][0] == inner[2]:
-                raise UserError(f"{path}/{member.filename} is in the zip twice; every image must be there once.")
+                raise UserError(f"{shown(path / member.filename)} is in the zip twice; every image must be there once.")
             files.append((inner[2], member.filename))
             num_bytes[part] += member.file_size
-    return _Listing(classes, num_bytes, lambda: _zip_reader(path))
-
-
-@contextmanager
-def _zip_reader(path: Path) -> Iterator[Reader]:
-    with zipfile.ZipFile(path) as archive:
-
-        def read(location: str) -> bytes:
-            try:
-                return archive.read(location)
-            except _ZIP_ERRORS as error:
-                raise UserError(
-                    f"{path}/{location} cannot be read from the zip ({one_line(error)}); it must be a whole, "
-                    "unencrypted zip file."
-                ) from error
-
-        yield read
+    check_unread(path, unread)
+    return _Listing(classes, num_bytes, lambda: open_zip(path))
 
 
 def _is_litter(name: str) -> bool:
@@ -193,4 +185,4 @@ def _is_litter(name: str) -> bool:
 
 
 def _nested(path: Path) -> UserError:
-    return UserError(f"{path} must be an image; a class folder holds no folders.")
+    return UserError(f"{shown(path)} must be an image; a class folder holds no folders.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,9 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from refilled.data.text import shown
 from refilled.errors import UserError
 
 PartName = Literal["train", "test"]
+MAX_NAME_CHARS = 255  # what a folder's name may have
+_NO_TEXT = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of control characters, half characters and line ends
+_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # make text read as another
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +84,7 @@ def make_image_set(images: Tensor, labels: Tensor, class_names: Sequence[str]) -
 
 
 def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]:
-    """The names as a tuple, if they are different, non-empty strings.
+    """The names as a tuple, if they are different, non-empty strings that can be printed as they are.
 
     Args:
         class_names: names to check.
@@ -94,11 +99,21 @@ def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]
     seen: set[str] = set()
     for name in names:
         if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{where} must hold non-empty strings as class names, got {name!r}.")
+            raise UserError(f"{where} must hold non-empty strings as class names, got {shown(repr(name))}.")
+        if len(name) > MAX_NAME_CHARS or any(_is_unprintable(each) for each in name):
+            raise UserError(
+                f"{where} must hold class names of at most {MAX_NAME_CHARS} printable characters, "
+                f"got {shown(ascii(name))}."
+            )
         if name in seen:
             raise UserError(f"{where} must name every class once, got {name!r} twice.")
         seen.add(name)
     return names
+
+
+def _is_unprintable(character: str) -> bool:
+    """Whether it ends a line, controls a terminal, turns text around, or cannot be written as UTF-8."""
+    return unicodedata.category(character) in _NO_TEXT or character in _REORDERING
 
 
 def _digest(images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from refilled.data.images import ImageSet, make_image_set
+from refilled.data.text import one_line, shown
 from refilled.errors import UserError
 from refilled.keyed import derive_seed, keyed_permutation
 
@@ -53,19 +54,22 @@ def order_classes(order: str, class_names: tuple[str, ...]) -> tuple[str, ...]:
     else:
         try:
             text = Path(order).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # not there, not text, not a path
             raise UserError(
                 f"class_order must be {', '.join(NAMED_ORDERS)} or a readable text file with one class a line, "
-                f"got {order!r} ({error})."
+                f"got {shown(repr(order))} ({one_line(error)})."
             ) from error
+    order = shown(order)
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"class_order {order!r} must name every class once, but names {twice!r} twice.")
+        raise UserError(f"class_order {order!r} must name every class once, but names {shown(repr(twice))} twice.")
     if set(names) != set(class_names):
         odd = sorted(set(names) ^ set(class_names))[0]
         where = "which the data does not have" if odd in names else "which the order leaves out"
-        raise UserError(f"class_order {order!r} must name the data's {len(class_names)} classes; see {odd!r}, {where}.")
+        raise UserError(
+            f"class_order {order!r} must name the data's {len(class_names)} classes; see {shown(repr(odd))}, {where}."
+        )
     return names
 
 

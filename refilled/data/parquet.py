@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +14,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from refilled.data.decode import decode_images, one_line
+from refilled.data.decode import decode_images
 from refilled.data.images import ImageSet, PartName, SourcePart, check_class_names, make_image_set
+from refilled.data.text import one_line, shown
 from refilled.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+MAX_ROWS = 2**26  # of a shard: a file of some bytes can claim any number, and labels are read all at once
+MAX_CLASSES = 2**20  # where labels are the only names
 _BATCH_ROWS = 1024  # encoded images held in memory at once
+_BATCH_BYTES = 2**31  # and what they may take: every row may repeat the largest value of a dictionary
 Labels = npt.NDArray[np.int64]
 
 
@@ -59,7 +64,7 @@ def find_part(path: Path, name: PartName) -> SourcePart:
     names = _class_names(shards[0])
     if names is None:
         reference = [_open_shard(file) for file in _files(path, "train")] if name == "test" else []
-        names = tuple(str(n) for n in range(1 + max(int(shard.labels.max()) for shard in reference or shards)))
+        names = _numbers(reference or shards)
     for shard in shards:
         _check_labels(shard, names)
     return SourcePart(
@@ -77,20 +82,39 @@ def _files(path: Path, name: PartName) -> list[Path]:
 
 def _open_shard(path: Path) -> _Shard:
     import pyarrow as pa
+
+    with _opened(path) as file:
+        schema = file.schema_arrow
+        image, label = _image_column(path, schema), _label_column(path, schema)
+        num_rows = file.metadata.num_rows
+        if num_rows > MAX_ROWS:
+            raise UserError(f"{path} has {num_rows} rows, too many; a shard may have at most {MAX_ROWS}.")
+        column = file.read(columns=[label]).column(label)
+        if len(column) == 0:
+            raise UserError(f"{path} has no rows; a shard must hold at least one image.")
+        if column.null_count:
+            row = column.is_null().to_pylist().index(True)
+            raise UserError(f"{path} has no {shown(label)} in row {row}; every image needs one.")
+        return _Shard(path, image, label, column.cast(pa.int64()).to_numpy())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a shard; what goes wrong inside is told as one sentence.
+
+    Pages are compared with their checksums where the writer wrote any, which few do unless they are asked to.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not path.is_file():  # a pipe would never end
+        raise UserError(f"{shown(path)} must be a Parquet file, or a link to one.")
     try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            image, label = _image_column(path, schema), _label_column(path, schema)
-            column = file.read(columns=[label]).column(label)
-            if len(column) == 0:
-                raise UserError(f"{path} has no rows; a shard must hold at least one image.")
-            if column.null_count:
-                row = column.is_null().to_pylist().index(True)
-                raise UserError(f"{path} has no {label} in row {row}; every image needs one.")
-            return _Shard(path, image, label, column.cast(pa.int64()).to_numpy())
-    except (pa.ArrowException, OSError) as error:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:  # the last two: names that are no UTF-8, twice
         raise _unreadable(path, error) from error
 
 
@@ -127,10 +151,20 @@ def _label_column(path: Path, schema: pa.Schema) -> str:
     return str(integers[0])
 
 
-def _class_names(shard: _Shard) -> tuple[str, ...] | None:
-    import pyarrow.parquet as pq
+def _numbers(shards: list[_Shard]) -> tuple[str, ...]:
+    """Labels as their own names."""
+    largest = max(shards, key=lambda shard: int(shard.labels.max()))
+    most = int(largest.labels.max())
+    if not 0 <= most < MAX_CLASSES:
+        raise UserError(
+            f"{largest.path} has {shown(largest.label)} {most}; without class names it must be in 0..{MAX_CLASSES - 1}."
+        )
+    return tuple(str(number) for number in range(most + 1))
 
-    metadata = (pq.read_schema(shard.path).metadata or {}).get(b"huggingface")
+
+def _class_names(shard: _Shard) -> tuple[str, ...] | None:
+    with _opened(shard.path) as file:
+        metadata = (file.schema_arrow.metadata or {}).get(b"huggingface")
     if metadata is not None:
         names = _at(_parse_json(metadata, shard.path), "info", "features", shard.label, "names")
         if isinstance(names, list):
@@ -142,7 +176,7 @@ def _class_names(shard: _Shard) -> tuple[str, ...] | None:
     if listed is None:
         raise UserError(
             f"{beside} must be a list of class names, or an object with such a list named "
-            f"{' or '.join(_name_keys(shard.label))}."
+            f"{' or '.join(shown(key) for key in _name_keys(shard.label))}."
         )
     return check_class_names(listed, str(beside))
 
@@ -154,7 +188,7 @@ def _listed_names(content: object, label: str) -> list[Any] | None:
     if not isinstance(content, list):
         return None
     if content and all(isinstance(item, dict) and {"label", "name"} <= item.keys() for item in content):
-        by_label = {item["label"]: item["name"] for item in content}
+        by_label = {item["label"]: item["name"] for item in content if isinstance(item["label"], int)}
         if set(by_label) != set(range(len(content))):
             return None
         return [by_label[index] for index in range(len(content))]
@@ -170,7 +204,7 @@ def _check_labels(shard: _Shard, names: tuple[str, ...]) -> None:
     if len(wrong):
         row = int(wrong[0])
         raise UserError(
-            f"{shard.path} has {shard.label} {shard.labels[row]} in row {row}; "
+            f"{shard.path} has {shown(shard.label)} {shard.labels[row]} in row {row}; "
             f"with {len(names)} classes it must be in 0..{len(names) - 1}."
         )
 
@@ -194,24 +228,31 @@ def _read(shards: list[_Shard], names: tuple[str, ...], image_size: int | None) 
 
 
 def _encoded(shard: _Shard) -> Iterator[tuple[str, bytes]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(shard.path) as file:
-            for row, content in enumerate(_contents(file, shard.image)):
-                if content is None:
-                    raise UserError(f"{shard.path} holds no image bytes in row {row}; every row needs them.")
-                yield f"{shard.path} row {row}", content
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(shard.path, error) from error
+    row = 0
+    with _opened(shard.path) as file:
+        for content in _contents(file, shard.image):
+            if content is None:
+                raise UserError(f"{shard.path} holds no image bytes in row {row}; every row needs them.")
+            yield f"{shard.path} row {row}", content
+            row += 1
+    if row != len(shard.labels):
+        raise _unreadable(shard.path, ValueError(f"{len(shard.labels)} labels but {row} images"))
 
 
 def _contents(file: pq.ParquetFile, image: str) -> Iterator[bytes | None]:
     import pyarrow.compute as pc
 
-    for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[image]):
-        yield from pc.struct_field(batch.column(0), "bytes").to_pylist()
+    for group in range(file.num_row_groups):
+        num_rows = _rows_at_once(file.metadata.row_group(group), image)
+        for batch in file.iter_batches(batch_size=num_rows, row_groups=[group], columns=[image]):
+            yield from pc.struct_field(batch.column(0), "bytes").to_pylist()
+
+
+def _rows_at_once(group: pq.RowGroupMetaData, image: str) -> int:
+    """How many rows of a row group to hold, so that a dictionary's largest value in each of them still fits."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    num_bytes = [int(each.total_uncompressed_size) for each in columns if each.path_in_schema == f"{image}.bytes"]
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max([1, *num_bytes])))
 
 
 def _at(content: object, *keys: str) -> object:
@@ -223,13 +264,13 @@ def _at(content: object, *keys: str) -> object:
 def _parse_json(content: bytes, path: Path) -> object:
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} must have class names in valid JSON ({one_line(error)}).") from error
 
 
 def _columns(schema: pa.Schema) -> str:
-    return ", ".join(f"{column.name} ({' '.join(str(column.type).split())})" for column in schema)
+    return shown(", ".join(f"{column.name} ({' '.join(str(column.type).split())})" for column in schema))
 
 
 def _unreadable(path: Path, error: BaseException) -> UserError:
-    return UserError(f"{path} cannot be read as Parquet ({one_line(error)}); it must be a whole Parquet file.")
+    return UserError(f"{shown(path)} cannot be read as Parquet ({one_line(error)}); it must be a whole Parquet file.")

@@ -12,6 +12,7 @@ from pathlib import Path
 from refilled.data import cifar100, digits, imagefolder, parquet
 from refilled.data.cache import load_cached
 from refilled.data.images import ImageSet, PartName, SourcePart
+from refilled.data.text import one_line, shown
 from refilled.errors import UserError
 
 KINDS = ("digits", "cifar100", "parquet:PATH", "imagefolder:PATH")
@@ -69,7 +70,19 @@ def _find(source: str, name: PartName, cache: Path) -> SourcePart:
 def _parse(source: str) -> tuple[str, Path | None]:
     kind, colon, path = source.partition(":")
     if kind in _FIND_PART and path:
-        return kind, Path(path).expanduser()
+        return kind, _existing(kind, path)
     if kind in KINDS and not colon:
         return kind, None
-    raise UserError(f"data must be one of {', '.join(KINDS)}, got {source!r}.")
+    raise UserError(f"data must be one of {', '.join(KINDS)}, got {shown(repr(source))}.")
+
+
+def _existing(kind: str, path: str) -> Path:
+    try:
+        found = Path(path).expanduser()
+        found.stat()
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, no such path, not a path
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise UserError(
+            f"{kind}:{shown(path)} must be a path that can be read, but there is no such path ({reason})."
+        ) from error
+    return found

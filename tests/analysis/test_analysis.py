@@ -223,8 +223,9 @@ def test_names_from_outside_are_escaped(cells):
     header = overlap_table(odd).splitlines()[0]
     assert shown in header
     assert "<script>" not in header
-    axes = accuracy_over_overlap(odd).axes[0]
-    assert r"\$y\$" in axes.get_title()
+    short = cells.assign(teacher="$y$\n<b>", method="$a$ $b")
+    axes = accuracy_over_overlap(short).axes[0]
+    assert r"\$y\$ <b>" in axes.get_title()
 
 
 def test_the_figure_carries_the_data(cells, tmp_path):

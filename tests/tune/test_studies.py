@@ -57,8 +57,11 @@ def make_row(epoch, value, *, num_epochs=EPOCHS, best=None, **more):
 class Trial:
     """What Tune's scheduler gets of a trial."""
 
+    PENDING = "PENDING"
+
     def __init__(self, trial_id):
         self.trial_id = trial_id
+        self.status = "RUNNING"
 
 
 def report(searcher, trial_id, row):
@@ -289,6 +292,31 @@ def test_what_stops_the_search_fails_no_trial_and_the_next_driver_goes_on(storag
     second = StudySearcher([plan()], storage, Rules(seed=0, transfer=False))
     assert [run_trial(second, name, [0.5] * EPOCHS) for name in "ab"] == numbers
     assert [trials_of(storage, plan())[number].state for number in numbers] == [TrialState.COMPLETE] * 2
+
+
+def test_a_process_that_is_lost_before_its_trial_begins_costs_no_trial(memory):
+    searcher = StudySearcher([plan()], memory, Rules(seed=0, transfer=False))
+    first = searcher.suggest("a")
+    lose_start(searcher, "a")
+    assert searcher.comes_again("a")
+    again = searcher.suggest("b")
+    assert (again["number"], again["config"]) == (first["number"], first["config"])
+    assert not searcher.comes_again("b")
+    for name in "bcde":
+        lose_start(searcher, name)
+        assert searcher.suggest(chr(ord(name) + 1))["number"] == first["number"]
+    lose_start(searcher, "f")
+    assert not searcher.comes_again("f")
+    assert [trial.state for trial in trials_of(memory, plan())] == [TrialState.FAIL]
+    assert searcher.suggest("g")["number"] != first["number"]
+
+
+def lose_start(searcher, name):
+    """What Tune does when the actor of a trial that has not begun dies."""
+    trial = Trial(name)
+    trial.status = Trial.PENDING
+    StudyScheduler(searcher).on_trial_error(None, trial)
+    searcher.on_trial_complete(name, error=True)
 
 
 def test_a_trial_whose_driver_died_while_it_was_drawn_is_drawn_to_the_end(storage):
