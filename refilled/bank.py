@@ -11,6 +11,7 @@ of the batch; on a CPU it was not seen to, for two images or more.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import shutil
@@ -23,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refilled import distributed
+from refilled import distributed, mirror
+from refilled.bank_mirror import download, upload
 from refilled.bank_store import (
     ROWS,
     BankFormat,
@@ -128,14 +130,20 @@ def bank_for(
         return None
     site = _Site.of(config, task, teacher, storage, compute)
     bank = site.open()
+    if bank is None:
+        bank = site.fetch()
     if bank is not None or not site.is_wanted(num_sharing_runs):
         return bank
+    if distributed.world_size() > 1 and mirror.is_mirrored(site.path):
+        site.say(f"Bank {site.path.name} is for one worker to build, as machines share no folder: the teacher runs.")
+        return None
     with only_here(site.path, wait=config.bank.mode == "bank") as here:
         if not here:
             site.say(f"Bank {site.path.name} is being built elsewhere: the teacher runs in every step.")
             return None
         bank = site.open(quiet=True)  # who had the lock before may have built it
         if bank is None and site.build():
+            upload(site.path)
             bank = site.open()
         return bank
 
@@ -191,6 +199,14 @@ class _Site:
         if int(distributed.sum_over_workers(missing)) > 0 or rows is None:
             return None
         return Bank(rows, self.views.view_ids, self.compute)
+
+    def fetch(self) -> Bank | None:
+        """The bank as an object store has it, if every worker of the group gets it."""
+        max_bytes = self.config.bank.max_bytes
+        if not mirror.is_mirrored(self.path) or self.bank_format.num_bytes > max_bytes:
+            return None
+        self._together(functools.partial(download, self.path, self.bank_format, max_bytes))
+        return self.open(quiet=True)
 
     def is_wanted(self, num_sharing_runs: int) -> bool:
         """Whether to build the bank, which is not there."""

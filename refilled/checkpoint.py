@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from refilled import mirror
 from refilled.errors import UserError
 from refilled.tensor_file import load_tensors, save_tensors
 
@@ -33,6 +34,7 @@ class Checkpoints:
         assert state.keys() == STATE
         if self.newest.exists():
             os.replace(self.newest, self.previous)
+            mirror.moved(self.newest, self.previous)
         save_tensors(self.newest, state)
 
     def load(self) -> dict[str, Any] | None:
@@ -52,5 +54,5 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Drop all, when nobody needs them any more."""
-        self.newest.unlink(missing_ok=True)
-        self.previous.unlink(missing_ok=True)
+        mirror.remove(self.newest)
+        mirror.remove(self.previous)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from refilled import distributed
+from refilled import distributed, mirror
 from refilled.bank import bank_for
 from refilled.compute import Compute
 from refilled.config import RunConfig
@@ -64,6 +64,7 @@ def execute(
         finished = folder.result()
         if distributed.agree(finished is not None):
             row: Row = finished or folder.result() or {}
+            folder.complete()
             carrier.repeat(distributed.from_rank_zero(folder.rows()))
             return row
         if distributed.rank() == 0:
@@ -108,7 +109,7 @@ def refit(
 def _is_tested(path: Path) -> bool:
     """Whether a refit's test accuracy is known; a damaged file is a warning, and the same model is tested again."""
     try:
-        return path.exists() and 0 <= float(read_json(path)["test_accuracy"]) <= 1
+        return mirror.fetch(path) and 0 <= float(read_json(path)["test_accuracy"]) <= 1
     except (UserError, KeyError, TypeError, ValueError) as error:
         _log.warning("%s must hold a test accuracy, but does not (%s).", path, error)
         return False

@@ -16,6 +16,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from refilled import distributed, mirror
 from refilled.checkpoint import Checkpoints
 from refilled.config import METHODS_WITH_EMBEDDING_STAGE, RunConfig, content_hash
 from refilled.data.label_space import LabelSpaces
@@ -121,9 +122,16 @@ class RunFolder:
         write_json(self.path / "result.json", row)
         self._checkpoints.remove()
 
+    def complete(self) -> None:
+        """Let an object store have the whole finished run, should a kill have come between a file and its upload."""
+        if distributed.rank() == 0:
+            mirror.complete(self.path, last="result.json")
+
     def result(self) -> Row | None:
         """The last row of a finished run; none, after a warning, where one of its files is damaged."""
         path = self.path / "result.json"
+        if not path.exists():
+            mirror.pull(self.path)  # with the checkpoint of a run that another machine began
         if not path.exists():
             return None
         try:

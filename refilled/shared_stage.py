@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refilled import distributed
+from refilled import distributed, mirror
 from refilled.config import METHODS_WITH_EMBEDDING_STAGE, ClassifierConfig, RunConfig
 from refilled.data.label_space import LabelSpaces
 from refilled.errors import UserError
@@ -155,6 +155,7 @@ class SharedStage:
             UserError: they are damaged, or not of this student, teacher and stage.
         """
         damaged = f"{self.path} must hold a whole embedding stage of this student, but does not."
+        mirror.fetch(self.weights_path)
         try:
             about, content = read_json(self.about_path), self.weights_path.read_bytes()
         except FileNotFoundError:

@@ -1,7 +1,8 @@
 """Files that appear whole or not at all, and work that one process does while others wait.
 
 Everything kept on disk is written to a temporary name in the same folder and renamed, so that a kill at any moment
-leaves either the old state or the new one.
+leaves either the old state or the new one. Where the storage is an object store's, a file is uploaded before its
+writer goes on (see `refilled.mirror`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from refilled import distributed
+from refilled import distributed, mirror
 from refilled.errors import StorageFullError, UserError, full_sentence, storage_full
 
 WAIT_S = 30.0  # how long a group waits for a lock before its workers talk to each other
@@ -40,6 +41,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise _named(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
+    mirror.push(path)
 
 
 def append_bytes(path: Path, content: bytes) -> None:
@@ -57,6 +59,7 @@ def append_bytes(path: Path, content: bytes) -> None:
         if path.exists():
             os.truncate(path, size)
         raise _named(error, path) from error
+    mirror.push(path)
 
 
 def _named(error: OSError, path: Path) -> OSError | StorageFullError:
@@ -77,6 +80,7 @@ def read_json(path: Path) -> Any:
         FileNotFoundError: it is not there.
         UserError: it is damaged.
     """
+    mirror.fetch(path)
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # which bytes that are not text raise too

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from refilled import distributed
+from refilled import distributed, mirror
 from refilled.compute import Compute
 from refilled.config import ClassifierConfig, RunConfig, content_hash
 from refilled.data.task import Task, load_task
@@ -74,6 +74,7 @@ def pretrain_once(config: RunConfig, storage: Path, compute: Compute) -> RunFold
 
     folder = teacher_folder(config, storage)
     if distributed.agree(folder.result() is not None):
+        folder.complete()
         return folder
     with only_here(folder.path):
         if not distributed.agree(folder.result() is not None):
@@ -163,7 +164,7 @@ class FrozenTeacher:
 
 def _kept_prototypes(path: Path) -> Tensor | None:
     """The file's prototypes, none where it is not there, or, after a warning, is damaged."""
-    if not path.exists():
+    if not mirror.fetch(path):
         return None
     try:
         prototypes: Tensor = load_tensors(path)["prototypes"]

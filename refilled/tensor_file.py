@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from refilled import mirror
 from refilled.errors import UserError
 from refilled.store import write_bytes
 
@@ -32,6 +33,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
     """
     damaged = f"{path} must be a whole file of tensors and plain values, but cannot be read."
     try:
+        mirror.fetch(path)
         content = path.read_bytes()
     except OSError as error:
         raise UserError(damaged) from error

@@ -28,6 +28,7 @@ _ENVIRONMENT = {
 }
 
 MAX_SLOTS = 512  # trials that one driver is let to look after, however large the cluster may grow
+CONNECT_S = 30.0  # for a cluster to answer that may just be starting
 # Allowed to each process on a GPU beside its tensors: CUDA's context, its libraries, what the allocator cannot reuse.
 PROCESS_BYTES = 2**30
 
@@ -94,19 +95,65 @@ def ray_cluster(*, with_dashboard: bool) -> Iterator[None]:
 
     Args:
         with_dashboard: give a local Ray its dashboard, without which stopped TorchTrainer trials leak their workers.
+
+    Raises:
+        UserError: RAY_ADDRESS names no cluster that can be reached, or one that asks for another token.
     """
     import ray
 
-    address = os.environ.get("RAY_ADDRESS", "")
-    local = {} if address else {"include_dashboard": with_dashboard, "num_cpus": os.cpu_count()}
-    try:
-        ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **local)
-    except ConnectionError as error:
-        raise UserError(f"RAY_ADDRESS must name a running Ray cluster, got {address!r} ({error}).") from error
+    connect(with_dashboard=with_dashboard)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def connect(*, with_dashboard: bool) -> None:
+    """Begin a job of this driver; see `ray_cluster`. One that there is already ends, and a local Ray with it."""
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    ray.shutdown()
+    address = os.environ.get("RAY_ADDRESS", "")
+    local = {} if address else {"include_dashboard": with_dashboard, "num_cpus": os.cpu_count()}
+    try:
+        if address and address != "auto" and "://" not in address:
+            _knock(address)
+        ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **local)
+    except AuthenticationError as error:
+        raise UserError(
+            f"RAY_AUTH_TOKEN_PATH must name a readable file with the Ray cluster's token ({error.message})."
+        ) from error
+    except ConnectionError as error:
+        raise UserError(f"RAY_ADDRESS must name a running Ray cluster, got {address!r} ({error}).") from error
+
+
+def _knock(address: str) -> None:
+    """Ask a cluster once. `ray.init` asks 20 times, a minute each where nobody answers, with Ray's lines on stderr.
+
+    Raises:
+        UserError: nobody answers, or the cluster asks for another token.
+    """
+    try:
+        import grpc  # type: ignore[import-untyped]  # its types are a package of their own
+        from ray._private.grpc_utils import init_grpc_channel
+        from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+        from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+    except ImportError:  # another version of Ray
+        return
+    with init_grpc_channel(address) as channel:
+        try:
+            cluster = NodeInfoGcsServiceStub(channel)
+            cluster.GetClusterId(GetClusterIdRequest(), timeout=CONNECT_S, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise UserError(
+                    f"RAY_AUTH_MODE must be token and RAY_AUTH_TOKEN_PATH a file with the token of the Ray cluster at "
+                    f"{address}, which refuses the present one."
+                ) from error
+            raise UserError(
+                f"RAY_ADDRESS must name a running Ray cluster, got {address!r} (no answer within {CONNECT_S:g} s)."
+            ) from error
 
 
 def fit(search: SearchConfig) -> Resources:

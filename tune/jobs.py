@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refilled.config import RunConfig
+from refilled.mirror import location_of
 from tune.cluster import Resources
 from tune.trainer import train_on_group
 from tune.worker import Job, work
@@ -43,7 +44,7 @@ def run_jobs(jobs: Sequence[JobSpec], storage: Path, resources: Resources) -> It
             else:
                 name = f"{job.kind}-{job.run.content_hash()}"
                 config, sharing = job.run.to_dict(), job.num_sharing_runs
-                train_on_group(job.kind, config, str(storage), resources, name, num_sharing_runs=sharing)
+                train_on_group(job.kind, config, location_of(storage), resources, name, num_sharing_runs=sharing)
         except Exception as error:  # whatever ends one job must reach the caller, not end a thread silently
             done.put(JobResult(job, error))
         else:
@@ -66,7 +67,7 @@ def _on_one_worker(job: JobSpec, storage: Path, resources: Resources) -> None:
         task.remote(
             job.kind,
             job.run.to_dict(),
-            str(storage),
+            location_of(storage),
             num_threads=resources.num_threads,
             num_gpus=resources.gpus_per_worker,
             num_sharing_runs=job.num_sharing_runs,

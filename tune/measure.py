@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refilled import mirror
 from refilled.config import RunConfig, content_hash
 from refilled.errors import UserError
+from refilled.mirror import location_of, open_storage
 from refilled.store import read_json, write_json
 from tune.cluster import Resources, workers_per_gpu
 
@@ -82,7 +84,7 @@ def _kept(path: Path) -> dict[str, Any] | None:
     """A timing taken earlier, or none where there is none, or none that can be read: it is taken again."""
     from refilled.timing import StepTimes
 
-    if not path.exists():
+    if not mirror.fetch(path):
         return None
     try:
         record = read_json(path)
@@ -136,7 +138,7 @@ def _measure_together(
         asked = [
             task.remote(
                 _share(runs[kind], resources.num_workers).to_dict(),
-                str(storage),
+                location_of(storage),
                 str(meeting),
                 number,
                 len(kinds),
@@ -209,6 +211,7 @@ def _measure(
 
     def wait(what: str) -> Iterator[bool]:
         """Say that this one is `what`, then whether others are not yet, for a while."""
+        folder.mkdir(parents=True, exist_ok=True)  # where machines share no folder each meets those on its own
         (folder / f"{number}.{what}").touch()
         deadline_s = time.monotonic() + WAIT_S
         while len(list(folder.glob(f"*.{what}"))) < count and time.monotonic() < deadline_s:
@@ -229,7 +232,7 @@ def _measure(
         done = wait("done")
         times = measure(
             run,
-            Path(storage),
+            open_storage(storage),
             compute,
             start_together=start_together,
             others_measure=lambda: next(done, False),

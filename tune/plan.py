@@ -17,6 +17,7 @@ from refilled.data.task import load_task, verify_test_images
 from refilled.errors import UserError
 from refilled.execution import cache_of
 from refilled.methods import num_epochs_of
+from refilled.mirror import open_storage
 from refilled.models import validate_model_name
 from refilled.run_folder import run_key
 from refilled.store import require_writable
@@ -151,7 +152,7 @@ def make_plan(search: SearchConfig) -> Plan:
             _validate_model(field_name, name)
     validate_source(search.run.data)
     search = dataclasses.replace(search, run=_with_absolute_paths(search.run))
-    storage = Path(search.storage).absolute()
+    storage = open_storage(search.storage)
     require_writable(storage, "storage")
     cells, baselines = [], {}
     for overlap in search.overlaps:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune import Callback
 
+from refilled import mirror
 from refilled.config import RunConfig
 from refilled.run_folder import RunFolder, run_key
 from tune.plan import Cell, Plan, code_version
@@ -61,7 +63,7 @@ class Recorder:
         if "best_val_accuracy" in row:
             metrics = {"best/val_accuracy": row["best_val_accuracy"], "best/epoch": float(row["best_epoch"])}
         key = self.key(cell, run)
-        artifacts = self.folder(cell, run).path if with_artifacts else None
+        artifacts = self._whole_folder(cell, run) if with_artifacts else None
         self._tracker.close_run(key, status=_STATUS[outcome], metrics=metrics, artifacts=artifacts)
         return key
 
@@ -90,13 +92,19 @@ class Recorder:
                 key,
                 status="FINISHED",
                 metrics={"test_accuracy": test_accuracy},
-                artifacts=self.folder(cell, run).path,
+                artifacts=self._whole_folder(cell, run),
             )
         return key
 
     def key(self, cell: Cell, run: RunConfig) -> str:
         """Names a run within the experiment."""
         return f"{self._plan.key}-{self.folder(cell, run).path.name}"
+
+    def _whole_folder(self, cell: Cell, run: RunConfig) -> Path:
+        """A run's folder, with what another machine has put into an object store."""
+        folder = self.folder(cell, run).path
+        mirror.pull(folder)
+        return folder
 
     def _open(self, cell: Cell, run: RunConfig, name: str, tags: dict[str, str]) -> None:
         folder = self.folder(cell, run).path

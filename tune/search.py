@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from refilled.config import SearchConfig
+from refilled.errors import UserError
+from refilled.mirror import is_mirrored, location_of
 from refilled.presets import preset
-from refilled.store import write_json
+from refilled.store import write_bytes, write_json
 from tune.cli import run_command
 from tune.cluster import Resources, fit, ray_cluster, ray_environment
 
@@ -51,6 +53,7 @@ def _main(search: SearchConfig) -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the progress view says what there is to say
     began_s = time.monotonic()
     plan = make_plan(search)
+    _require_lasting_studies(plan)
     # What the user named is tried before anything of our own is created.
     named = open_storage(search.study_storage) if search.study_storage else None
     if search.dry_run:
@@ -104,7 +107,9 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_
     for name in missing:
         print(f"search: cell {name} has no result; its trials or refits failed.", file=sys.stderr)
     tracker.finish_search(status="FAILED" if missing else "FINISHED", artifacts=_artifacts(plan, path, record))
-    print(f"Summary: {path}\nMLflow: experiment {search.experiment!r} at {tracking_uri}")
+    print(
+        f"Summary: {location_of(plan.storage)}/{path.name}\nMLflow: experiment {search.experiment!r} at {tracking_uri}"
+    )
     return 1 if missing else 0
 
 
@@ -157,6 +162,15 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
+def _require_lasting_studies(plan: Plan) -> None:
+    """Refuse to keep the studies of an object store's searches on a machine that may be gone tomorrow."""
+    if plan.search.study_storage is None and is_mirrored(plan.storage):
+        raise UserError(
+            f"study_storage must be the URL of a database, such as postgresql://HOST/optuna, where storage is an "
+            f"object store, got none with {plan.search.storage}."
+        )
+
+
 def _own_storage(plan: Plan) -> str:
     return f"sqlite:///{plan.storage / 'studies.db'}"
 
@@ -169,7 +183,7 @@ def _artifacts(plan: Plan, summary: Path, record: dict[str, Any]) -> Path:
     """A folder for the parent run: the summary, the whole configuration, and what the search did and took."""
     folder = plan.storage / "searches" / plan.key
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").write_bytes(summary.read_bytes())
+    write_bytes(folder / "summary.json", summary.read_bytes())
     write_json(folder / "config.json", plan.search.to_dict())
     write_json(folder / "search.json", record)
     return folder

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from refilled import mirror
+
 METRICS_FILE = "metrics.jsonl"
+LOOK_S = 10.0  # between looks into an object store, which is asked for every run that is open
 
 _logger = logging.getLogger(__name__)
 
@@ -25,6 +29,7 @@ class RowTail:
         self._offset = 0
         self._inode = 0
         self._warned = False
+        self._next_look_s = 0.0
 
     def new_rows(self, *, final: bool = False) -> Iterator[tuple[int, dict[str, float]]]:
         """Rows written since the last call.
@@ -38,6 +43,9 @@ class RowTail:
         Raises:
             OSError: The file exists and cannot be read.
         """
+        if final or time.monotonic() >= self._next_look_s:
+            mirror.refresh(self._path)
+            self._next_look_s = time.monotonic() + LOOK_S
         try:
             stat = self._path.stat()
         except FileNotFoundError:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlsplit
 
 from refilled.errors import UserError
+from refilled.mirror import is_mirrored
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,8 +61,14 @@ def resolve_tracking_uri(uri: str | None, storage: Path) -> str:
     """The URI given, or the SQLite file `mlflow.db` in the storage folder.
 
     Raises:
-        UserError: The storage folder's path cannot be part of a URI.
+        UserError: The storage folder's path cannot be part of a URI; or it is this machine's copy of an object store,
+            which may be gone tomorrow, and the URI is not a server's, which keeps artifacts elsewhere.
     """
+    if is_mirrored(storage) and not (uri and is_server(uri)):
+        raise UserError(
+            f"tracking_uri must be a server, such as http://HOST:5000, where storage is an object store, "
+            f"got {uri or 'none'}."
+        )
     if uri:
         return uri
     if "?" in str(storage.resolve()):

@@ -11,6 +11,7 @@ The same command again finds the finished run, or continues an interrupted one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import sys
 import threading
@@ -20,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from refilled import mirror
 from refilled.config import Config, RunConfig, SearchConfig
 from refilled.config.base import require
+from refilled.mirror import location_of
 from refilled.presets import preset
 from tune.cli import run_command
-from tune.cluster import fit, ray_cluster, ray_environment
+from tune.cluster import connect, fit, ray_cluster, ray_environment
 
 if TYPE_CHECKING:
     from refilled.run_folder import RunFolder
@@ -51,7 +54,7 @@ class TrainConfig(Config):
     gpus_per_worker: float = 0.0
     """GPUs of one worker."""
     storage: str = "runs"
-    """Folder of caches, teachers, run folders and the MLflow store."""
+    """Folder of caches, teachers, run folders and the MLflow store; or of an object store: s3://BUCKET/FOLDER."""
     tracking_uri: str | None = None
     """MLflow tracking URI; none: a SQLite file in the storage folder."""
     experiment: str = "refilled"
@@ -131,7 +134,15 @@ def _train(config: TrainConfig, plan: Plan, tracker: Any) -> int:
         with _Follower(folder, console):
             job: Job = "refit" if config.refit else "run"
             name = f"{job}-{folder.path.name}"
-            train_on_group(job, run.to_dict(), str(plan.storage), resources, name, most_workers=config.most_workers)
+            train_on_group(
+                job,
+                run.to_dict(),
+                location_of(plan.storage),
+                resources,
+                name,
+                most_workers=config.most_workers,
+                begin_anew=functools.partial(connect, with_dashboard=True),
+            )
     row = folder.result() or {}
     if config.refit:
         test_accuracy = float(read_json(folder.path / "test.json")["test_accuracy"])
@@ -177,6 +188,7 @@ class _Follower:
             self._print()
 
     def _print(self) -> None:
+        mirror.refresh(self._folder.metrics_path)
         for row in self._folder.rows()[self._num_printed :]:
             accuracy = f", validation accuracy {100 * row['val_accuracy']:.2f} %" if "val_accuracy" in row else ""
             self._console.print(

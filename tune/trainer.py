@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tune.cluster import Resources
@@ -27,6 +26,7 @@ def train_on_group(
     num_sharing_runs: int = 1,
     share_embeddings: bool = False,
     callbacks: tuple[Any, ...] = (),
+    begin_anew: Callable[[], None] | None = None,
 ) -> None:
     """Do a job on a TorchTrainer group of `resources.num_workers` workers; its results are in the run's folder.
 
@@ -36,13 +36,15 @@ def train_on_group(
     Args:
         job: see `tune.worker.work`.
         config: of a `RunConfig`, as a dict.
-        storage: absolute path shared by all workers.
+        storage: absolute path shared by all workers, or an object store's URL.
         resources: of the group.
         name: of the Ray Train run.
         most_workers: let the group grow to so many where the cluster has room; none: it keeps its size.
         num_sharing_runs: see `tune.worker.work`.
         share_embeddings: see `tune.worker.work`.
         callbacks: of Ray Train, such as the one that hands rows to Tune; without one no row goes through Ray.
+        begin_anew: end this driver's job and begin another one, called after a controller was lost: Ray keeps a
+            placement group that was still pending then until the job ends. None where the job has more to do.
 
     Raises:
         FloatingPointError: the run diverged; with callbacks that is said in a last row instead.
@@ -75,7 +77,7 @@ def train_on_group(
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=str(Path(storage) / "ray"),
+            storage_path=f"{storage}/ray",
             # A group that cannot start is retried for ever by default; five times is a minute or two.
             failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=5),
             callbacks=list(callbacks),
@@ -88,6 +90,8 @@ def train_on_group(
         except (ray.exceptions.RayActorError, ray.train.ControllerError) as loss:
             if attempt == MAX_CONTROLLER_LOSSES or not _may_pass(loss, is_elastic=is_elastic):
                 raise
+            if begin_anew is not None:
+                begin_anew()
         else:
             break
     if error is not None:

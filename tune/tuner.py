@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refilled.mirror import location_of
 from tune.cluster import Resources
 from tune.worker import Body, trial, work
 
@@ -47,7 +48,11 @@ def trial_function(
     from tune.group import group_trial
     from tune.trainer import train_driver_fn
 
-    shared = {"storage": str(storage), "num_sharing_runs": num_sharing_runs, "share_embeddings": share_embeddings}
+    shared = {
+        "storage": location_of(storage),
+        "num_sharing_runs": num_sharing_runs,
+        "share_embeddings": share_embeddings,
+    }
     if backend == "torch_trainer":
         assert body is work, "a TorchTrainer does the work itself"
         function = ray.tune.with_parameters(train_driver_fn, resources=resources, **shared)
@@ -101,7 +106,7 @@ def run_trials(
         ),
         run_config=ray.tune.RunConfig(
             name=name,
-            storage_path=str(storage / "ray"),
+            storage_path=f"{location_of(storage)}/ray",
             failure_config=ray.tune.FailureConfig(max_failures=MAX_FAILURES),
             verbose=0,
             callbacks=list(callbacks),

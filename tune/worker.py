@@ -14,7 +14,6 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from refilled.config import Precision, RunConfig
@@ -57,7 +56,7 @@ def work(
     Args:
         job: pre-train the configuration's teacher, do its run, or do its run as a refit and read the test set.
         config: of a `RunConfig`, as a dict.
-        storage: absolute path shared by all workers.
+        storage: absolute path shared by all workers, or an object store's URL.
         num_threads: of torch.
         num_gpus: this worker's share; above 0 the run computes on its GPU.
         num_sharing_runs: runs that ask the same teacher about the same images, and would share its bank.
@@ -65,19 +64,20 @@ def work(
         on_report: takes the rows.
     """
     from refilled.execution import execute, refit
+    from refilled.mirror import open_storage
     from refilled.teacher import pretrain_once
 
-    run = RunConfig.from_dict(config)
+    run, folder = RunConfig.from_dict(config), open_storage(storage)
     with known_process_state(run.seed, num_threads):
         compute = _compute(run.precision, num_gpus)
         if job == "teacher":
-            pretrain_once(run, Path(storage), compute)
+            pretrain_once(run, folder, compute)
         elif job == "refit":
-            refit(run, Path(storage), compute, on_report, num_sharing_runs=num_sharing_runs)
+            refit(run, folder, compute, on_report, num_sharing_runs=num_sharing_runs)
         else:
             execute(
                 run,
-                Path(storage),
+                folder,
                 compute,
                 on_report,
                 num_sharing_runs=num_sharing_runs,

@@ -58,7 +58,7 @@ class SearchConfig(Config):
     gpus_per_worker: float = 0.0
     """GPUs of one worker; a fraction lets several trials share one."""
     storage: str = "runs"
-    """Folder of caches, teachers, run folders, stores and the summary."""
+    """Folder of caches, teachers, run folders, stores, summary; or of an object store: s3://BUCKET/FOLDER, gs://..."""
     tracking_uri: str | None = None
     """MLflow tracking URI; none: a SQLite file in the storage folder."""
     study_storage: str | None = None

@@ -98,6 +98,13 @@ class ClusterPlace(Place):
         self._nodes = [self._add_node() for _ in range(self._num_nodes)]
         return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        for process in (self._head, *self._nodes):
+            process.wait()
+
     def lose_node(self) -> bool:
         """SIGKILL to the oldest node's raylet and workers; a new node comes."""
         node = self._nodes.pop(0)
@@ -123,10 +130,11 @@ class ClusterPlace(Place):
         )
 
     def _start(self, *flags: str) -> subprocess.Popen[bytes]:
-        environment = self.environment
+        number = next(self._numbers)
+        environment = self.environment | {"REFILLED_WORK_FOLDER": str(self.folder / f"work{number}")}
         del environment["RAY_ADDRESS"]
         command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats", *flags]
-        log = self.folder / f"{next(self._numbers)}.log"
+        log = self.folder / f"{number}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         deadline = time.monotonic() + QUIET_S
@@ -138,11 +146,19 @@ class ClusterPlace(Place):
 
 
 class Command:
-    """A command on one storage, started as often as it takes."""
+    """A command on one storage, started as often as it takes.
 
-    def __init__(self, text: str, storage: Path, place: Place) -> None:
+    Args:
+        text: the script and its flags.
+        storage: folder; the command's output goes to a file beside it.
+        place: where it runs.
+        url: of the storage, where that is no folder.
+    """
+
+    def __init__(self, text: str, storage: Path, place: Place, url: str | None = None) -> None:
         self._script, *self._flags = text.split()
         self._storage = storage
+        self._url = url or str(storage)
         self._place = place
         self._process: subprocess.Popen[bytes] | None = None
         self.was_restarted = False  # by the last fault
@@ -150,7 +166,7 @@ class Command:
     def start(self) -> None:
         """In a process group of its own, its output in a file beside the storage."""
         self._storage.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(ROOT / self._script), *self._flags, "--storage", str(self._storage)]
+        command = [sys.executable, str(ROOT / self._script), *self._flags, "--storage", self._url]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
