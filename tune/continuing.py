@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
 from filelock import FileLock, Timeout
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from rich.prompt import Confirm
 
@@ -41,6 +42,38 @@ def only_driver(plan: Plan) -> Iterator[None]:
                 ) from error
             locks.callback(lock.release)
         yield
+
+
+@contextlib.contextmanager
+def only_driver_of_database(plan: Plan, storage: BaseStorage) -> Iterator[None]:
+    """Keep the search's studies for this process among drivers of other machines, which share only a PostgreSQL.
+
+    The server lets go of them when the connection ends, and looks whether a silent one still lives, so that the driver
+    of a machine that is gone keeps nobody out for more than a minute. Other databases are files, for which the locks of
+    `only_driver` do.
+
+    Raises:
+        UserError: another process has one of the studies.
+    """
+    from sqlalchemy import text
+
+    if not isinstance(storage, RDBStorage) or storage.engine.dialect.name != "postgresql":
+        yield
+        return
+    with storage.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for setting, value in (("idle", 30), ("interval", 5), ("count", 6)):
+            connection.execute(text(f"SET tcp_keepalives_{setting} = {value}"))
+        for name, study in sorted((study.name, study) for study in plan.studies.values()):
+            key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
+            if not connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": key}).scalar_one():
+                raise UserError(
+                    f"Cell {study.key} is being searched with the same study_storage by another process already; wait "
+                    f"for it, or choose another experiment."
+                )
+        try:
+            yield
+        finally:
+            connection.invalidate()  # ends it, and with it the locks, even where the server is away
 
 
 def may_continue(plan: Plan, storage: BaseStorage) -> bool:

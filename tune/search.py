@@ -45,7 +45,7 @@ def main(search: SearchConfig) -> int:
 def _main(search: SearchConfig) -> int:
     import optuna
 
-    from tune.continuing import may_continue, only_driver
+    from tune.continuing import may_continue, only_driver, only_driver_of_database
     from tune.ledger import open_storage
     from tune.plan import make_plan
     from tune.tracking import Tracker, resolve_tracking_uri
@@ -65,9 +65,10 @@ def _main(search: SearchConfig) -> int:
         Tracker(tracking_uri, search.experiment, artifact_root=artifacts, storage=plan.storage) as tracker,
     ):
         study_storage = named or open_storage(_own_storage(plan))
-        if not may_continue(plan, study_storage):
-            return 1
-        return _run(plan, study_storage, tracker, tracking_uri, began_s)
+        with only_driver_of_database(plan, study_storage):
+            if not may_continue(plan, study_storage):
+                return 1
+            return _run(plan, study_storage, tracker, tracking_uri, began_s)
 
 
 def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_s: float) -> int:

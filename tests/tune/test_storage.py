@@ -1,5 +1,6 @@
 """The studies on a real PostgreSQL server of the test's own, reached by a socket in a folder of its own."""
 
+import dataclasses
 import importlib.util
 import os
 import pwd
@@ -17,6 +18,9 @@ from optuna.trial import TrialState
 
 from refilled.config import RunConfig
 from refilled.errors import UserError
+from refilled.presets import smoke
+from tune.continuing import only_driver_of_database
+from tune.plan import make_plan
 from tune.studies import StudyPlan, StudyScheduler, StudySearcher, open_storage
 
 psycopg = pytest.importorskip("psycopg")
@@ -231,6 +235,31 @@ def test_a_restarted_server_goes_unnoticed(server, open_again):
     server.start()
     run_trial(searcher, "after", [0.6] * EPOCHS)
     assert [trial.value for trial in stored_trials(open_again(), "restart")] == [0.5, 0.6]
+
+
+def test_one_driver_a_study_of_all_that_share_the_database(server, open_again, tmp_path):
+    def plan_of(machine, **changes):
+        return make_plan(dataclasses.replace(smoke(), storage=str(tmp_path / machine), **changes))
+
+    both, one, other = plan_of("a", overlaps=(0.0, 1.0)), plan_of("b", overlaps=(1.0,)), plan_of("b", overlaps=(0.4,))
+    with only_driver_of_database(both, open_again()):
+        with (
+            pytest.raises(UserError, match="with the same study_storage by another process already"),
+            only_driver_of_database(one, open_again()),
+        ):
+            pass
+        with only_driver_of_database(other, open_again()):
+            pass
+    first = open_again()
+    with only_driver_of_database(one, first):  # everything was let go, and a lost connection lets go too
+        pass
+    holder = only_driver_of_database(both, first)
+    holder.__enter__()
+    server.stop()
+    server.start()
+    with only_driver_of_database(one, open_again()):
+        pass
+    holder.__exit__(None, None, None)
 
 
 def test_a_wrong_password_is_the_users_to_change(server):
