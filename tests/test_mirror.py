@@ -89,7 +89,7 @@ def files_of(folder: Path) -> set[str]:
 
 def test_files_come_to_other_machines_as_they_are(machines: Machines) -> None:
     here = machines.at("a")
-    for name in ("runs/1", "cache", "tracking"):
+    for name in ("runs/1", "cache", "tracking", "banks/1.partial"):
         (here / name).mkdir(parents=True)
     write_json(here / "runs/1/config.json", {"a": 1})
     append_bytes(here / "runs/1/metrics.jsonl", b"1\n")
@@ -97,12 +97,15 @@ def test_files_come_to_other_machines_as_they_are(machines: Machines) -> None:
     write_bytes(here / "cache/images", b"many")
     write_bytes(here / "tracking/journal", b"told")
     write_bytes(here / "studies.db", b"trials")
+    write_bytes(here / "banks/1.partial/meta.json", b"half")
     write_json(here / "summary.json", [])
     there = machines.at("b")
     assert read_json(there / "runs/1/config.json") == {"a": 1}
     mirror.pull(there / "runs/1")
     assert (there / "runs/1/metrics.jsonl").read_bytes() == b"1\n2\n"
     assert read_json(there / "summary.json") == []
+    mirror.pull(there / "banks")
+    assert not (there / "banks").exists()
     for name in ("cache/images", "tracking/journal", "studies.db"):
         assert not mirror.fetch(there / name)
     machines.at("a")
@@ -218,10 +221,13 @@ def test_refits_banks_prototypes_and_shared_stages_are_found_on_another_machine(
         seen: list[dict[str, Any]] = []
         execute(other, there, compute, seen.append, share_embeddings=True)
         assert refit(whole, there, compute) == value
+        (run_folder(whole, there).path / "test.json").unlink()
+        assert refit(whole, there, compute) == value
     assert "is built" not in caplog.text
     assert [row.get("shared", False) for row in seen] == [True, True, False, False, False, False]
     writes = [line for line in store.requests()[num_before:] if line.startswith(("PUT", "POST"))]
-    assert not [line for line in writes if "/banks/" in line or "/prototypes/" in line or "/teachers/" in line]
+    made = "/banks/", "/prototypes/", "/teachers/", "/test.json"
+    assert not [line for line in writes if any(name in line for name in made)]
     assert {path.name for path in (there / "banks").iterdir() if path.is_dir()} <= banks
     plain = tmp_path / "plain"
     execute(other, plain, compute)

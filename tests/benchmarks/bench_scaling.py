@@ -144,6 +144,7 @@ def worker(rank: int, num_workers: int, folder: str, run: RunConfig, batch_size:
     found |= {"latency_s": all_reduce_s(1), "large_s": all_reduce_s(LARGE)}
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
+    dist.barrier()  # a process that leaves while the other still talks to it takes that one down
     dist.destroy_process_group()
 
 
