@@ -21,6 +21,7 @@ from typing import Any
 
 from refilled import distributed
 from tune.cluster import Resources
+from tune.network import use_node_address
 from tune.worker import FINAL_ERRORS, Body, Report, Row, WorkersLostError, with_last_word, work
 
 MAX_REPEATS = 5
@@ -254,6 +255,7 @@ def _process_group(store: Any, member: Membership, on_error: Any = None) -> Iter
         # default, since one worker may read data while others wait; a process that ends is noticed at once.
         store.set(f"here {member.rank}", "")
         store.wait([f"here {rank}" for rank in range(member.world_size)])
+        use_node_address()
         dist.init_process_group(member.backend, store=store, rank=member.rank, world_size=member.world_size)
         yield
     except FINAL_ERRORS:

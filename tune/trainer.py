@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tune.cluster import Resources
+from tune.network import torch_config
 from tune.worker import Job, train_fn_per_worker
 
 RESIZE_CHECK_S = 10.0  # between looks at whether an elastic group may grow
@@ -69,6 +70,7 @@ def train_on_group(
             "share_embeddings": share_embeddings,
             "reports": bool(callbacks),
         },
+        torch_config=torch_config(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(least, most_workers) if is_elastic else least,
             elastic_resize_monitor_interval_s=RESIZE_CHECK_S,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import secrets
 import signal
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -50,6 +50,11 @@ class Place:
         own = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
         return own | {"RAY_TMPDIR": str(self.folder)}
 
+    @property
+    def prefix(self) -> list[str]:
+        """What commands that run here begin with."""
+        return []
+
     def lose_node(self) -> bool:
         """Take a node away; whether there was one."""
         raise NotImplementedError
@@ -64,7 +69,57 @@ class LocalPlace(Place):
     """Every command starts a Ray that ends with it."""
 
 
-class ClusterPlace(Place):
+class NodesPlace(Place):
+    """Nodes of a Ray cluster that asks for a token, each in processes of its own."""
+
+    @property
+    def address(self) -> str:
+        """Of the head, as drivers name it."""
+        raise NotImplementedError
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._token = self.folder / "token"
+        self._token.touch(mode=0o600)
+        self._token.write_text(secrets.token_hex(32))
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """With the cluster's address and token."""
+        return super().environment | {
+            "RAY_ADDRESS": self.address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self._token),
+        }
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        for process in self._started:
+            process.wait()
+
+    def start(self, *flags: str, prefix: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        """A node, in a process group of its own; returns when it is there."""
+        number = len(self._started)
+        environment = self.environment | {"REFILLED_WORK_FOLDER": str(self.folder / f"work{number}")}
+        del environment["RAY_ADDRESS"]
+        ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
+        command = [*prefix, *ray, *flags]
+        log = self.folder / f"{number}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        self._started.append(process)
+        deadline = time.monotonic() + QUIET_S
+        while "Ray runtime started" not in log.read_text(errors="replace"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise EndedBadlyError(f"no node: {log.read_text(errors='replace')}")
+            time.sleep(0.2)
+        return process
+
+
+class ClusterPlace(NodesPlace):
     """A head without CPUs, and nodes that have two together; one that is lost is replaced, as an autoscaler would.
 
     Args:
@@ -77,33 +132,18 @@ class ClusterPlace(Place):
         self._num_nodes = num_nodes
         self._away_s = away_s
         self._port = free_port()
-        self._token = self.folder / "token"
-        self._token.touch(mode=0o600)
-        self._token.write_text(secrets.token_hex(32))
         self._nodes: list[subprocess.Popen[bytes]] = []
-        self._numbers = itertools.count()
 
     @property
-    def environment(self) -> dict[str, str]:
-        """With the cluster's address and token."""
-        return super().environment | {
-            "RAY_ADDRESS": f"127.0.0.1:{self._port}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self._token),
-        }
+    def address(self) -> str:
+        """Of the head."""
+        return f"127.0.0.1:{self._port}"
 
     def __enter__(self) -> Self:
         flags = ["--head", "--num-cpus=0", f"--port={self._port}", f"--dashboard-port={free_port()}"]
-        self._head = self._start(*flags, f"--temp-dir={self.folder}", "--node-ip-address=127.0.0.1")
+        self.start(*flags, f"--temp-dir={self.folder}", "--node-ip-address=127.0.0.1")
         self._nodes = [self._add_node() for _ in range(self._num_nodes)]
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, traceback)
-        for process in (self._head, *self._nodes):
-            process.wait()
 
     def lose_node(self) -> bool:
         """SIGKILL to the oldest node's raylet and workers; a new node comes."""
@@ -125,24 +165,9 @@ class ClusterPlace(Place):
         return [title for title in belonging(self.folder).values() if title.startswith(tuple(TITLES.values()))]
 
     def _add_node(self) -> subprocess.Popen[bytes]:
-        return self._start(
-            f"--address=127.0.0.1:{self._port}", f"--num-cpus={2 // self._num_nodes}", "--node-ip-address=127.0.0.1"
+        return self.start(
+            f"--address={self.address}", f"--num-cpus={2 // self._num_nodes}", "--node-ip-address=127.0.0.1"
         )
-
-    def _start(self, *flags: str) -> subprocess.Popen[bytes]:
-        number = next(self._numbers)
-        environment = self.environment | {"REFILLED_WORK_FOLDER": str(self.folder / f"work{number}")}
-        del environment["RAY_ADDRESS"]
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats", *flags]
-        log = self.folder / f"{number}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-        deadline = time.monotonic() + QUIET_S
-        while "Ray runtime started" not in log.read_text(errors="replace"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise EndedBadlyError(f"no node: {log.read_text(errors='replace')}")
-            time.sleep(0.2)
-        return process
 
 
 class Command:
@@ -166,7 +191,8 @@ class Command:
     def start(self) -> None:
         """In a process group of its own, its output in a file beside the storage."""
         self._storage.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(ROOT / self._script), *self._flags, "--storage", self._url]
+        script = [sys.executable, str(ROOT / self._script)]
+        command = [*self._place.prefix, *script, *self._flags, "--storage", self._url]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
