@@ -81,11 +81,10 @@ def test_a_search_goes_on_on_another_cluster(
             time.sleep(0.1)
         command.end()
         assert not (place.folder / "driver" / "studies.db").exists()
-        shutil.rmtree(place.folder / "driver")
+        shutil.rmtree(place.folder / "driver", ignore_errors=True)
     with StoredPlace(store) as place:
         before = store.requests()
         Command(text, tmp_path / "second", place, url).finish()
-        shutil.rmtree(place.folder)
     written = [line for line in store.requests()[len(before) :] if line.startswith(("PUT", "POST"))]
     trained_before = {
         line.split("/")[4] for line in before if "/teachers/" in line and line.endswith("result.json?uploads")
@@ -93,7 +92,10 @@ def test_a_search_goes_on_on_another_cluster(
     assert trained_before
     assert not [line for line in written if "/teachers/" in line and line.split("/")[4] in trained_before]
     what_is_stored(store, url, seen, monkeypatch)
-    assert differences(end_state(tmp_path / "undisturbed"), end_state(seen)) == []
+    expected, found = end_state(tmp_path / "undisturbed"), end_state(seen)
+    for each in (expected, found):  # what MLflow had not been sent yet was in a journal that went with its machine
+        del each["mlflow"]
+    assert differences(expected, found) == []
     assert len(list((seen / "banks").iterdir())) == len(_banks(tmp_path / "undisturbed"))
 
 
