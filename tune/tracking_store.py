@@ -41,7 +41,7 @@ _LOG_LEVELS = {
 }
 _SERVERS = ("http", "https")
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-_SERVER_ANSWER_S = 10.0
+_SERVER_ANSWER_S = 30.0  # a server that has just started answers its first question late
 _DATABASE_ANSWER_S = 30.0  # a first connection also creates the tables
 _CAUSE_LENGTH = 160
 
@@ -119,8 +119,8 @@ def open_store(uri: str, *, create: bool) -> MlflowClient:
         create: Create a missing SQLite file and its tables (a writer); a reader never creates anything.
 
     Raises:
-        UserError: The store cannot be used, or does not exist and must not be created; within about 10 s for a
-            server, 30 s for a database.
+        UserError: The store cannot be used, or does not exist and must not be created; within about 30 s for a
+            server or a database.
     """
     scheme = _scheme(uri)
     if scheme not in _SERVERS + _DATABASES:

@@ -13,7 +13,6 @@ from rich.console import Console
 from refilled.config import BankConfig
 from refilled.presets import smoke
 from refilled.run_folder import RunFolder
-from refilled.store import write_json
 from refilled.teacher import teacher_folder
 from refilled.timing import StepTimes
 from tune.cluster import Resources
@@ -99,7 +98,9 @@ def test_teachers_that_are_there_and_epochs_that_are_done_do_not_count(tmp_path:
     for epoch in (1, 2):
         RunFolder(folder.path).append_row({"epoch": epoch})
     assert [work.num_epochs for work in workload.teachers(on_all=False)] == [3, 5]
-    write_json(folder.path / "result.json", {})
+    for epoch in (3, 4, 5):
+        RunFolder(folder.path).append_row({"epoch": epoch})
+    RunFolder(folder.path).finish({"epoch": 5}, {})
     assert [work.num_epochs for work in workload.teachers(on_all=False)] == [5]
     assert [work.num_epochs for work in workload.teachers(on_all=True)] == [5, 5]
 

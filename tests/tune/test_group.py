@@ -19,6 +19,7 @@ import torch
 from refilled.config import RunConfig
 from refilled.execution import execute, run_folder
 from tune.cluster import Resources
+from tune.group import MAX_REPEATS
 from tune.tuner import trial_function
 
 pytestmark = pytest.mark.ray
@@ -137,7 +138,7 @@ def test_a_lost_helper_is_replaced_and_the_run_continues(local_ray: None, tmp_pa
         assert not is_alive(helpers[0])
     assert epochs(rows["hopeless"]) == [1, 2]
     failure = rows["hopeless"][-1]["failure"]
-    assert failure.startswith("A worker of the trial failed 3 times:")
+    assert failure.startswith(f"A worker of the trial failed {1 + MAX_REPEATS} times:")
     assert not rows["hopeless"][-1]["diverged"]
     assert rows["last"][0]["pids"][1] != rows["hopeless"][0]["pids"][1]
 
