@@ -41,7 +41,7 @@ _LOG_LEVELS = {
 }
 _SERVERS = ("http", "https")
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-_SERVER_ANSWER_S = 30.0  # a server that has just started answers its first question late
+_SERVER_ANSWER_S = 10.0
 _DATABASE_ANSWER_S = 30.0  # a first connection also creates the tables
 _CAUSE_LENGTH = 160
 
@@ -119,8 +119,8 @@ def open_store(uri: str, *, create: bool) -> MlflowClient:
         create: Create a missing SQLite file and its tables (a writer); a reader never creates anything.
 
     Raises:
-        UserError: The store cannot be used, or does not exist and must not be created; within about 30 s for a
-            server or a database.
+        UserError: The store cannot be used, or does not exist and must not be created; within about 10 s for a
+            server, 30 s for a database.
     """
     scheme = _scheme(uri)
     if scheme not in _SERVERS + _DATABASES:
@@ -129,7 +129,9 @@ def open_store(uri: str, *, create: bool) -> MlflowClient:
         with _sqlite_ready(uri, path, create=create):
             return _answering_client(uri)
     try:
-        return _within(_SERVER_ANSWER_S if scheme in _SERVERS else _DATABASE_ANSWER_S, lambda: _answering_client(uri))
+        if scheme in _SERVERS:
+            return _within(_SERVER_ANSWER_S, lambda: _answering_client(uri))
+        return _within(_DATABASE_ANSWER_S, lambda: _database_client(uri))
     except (TimeoutError, ModuleNotFoundError) as error:
         raise unusable_store(uri, error) from error
 
@@ -200,6 +202,23 @@ def _answering_client(uri: str) -> MlflowClient:
     except (MlflowException, SQLAlchemyError, OSError, ValueError) as error:  # ValueError: a driver's option in the URI
         raise unusable_store(uri, error) from error
     return client
+
+
+def _database_client(uri: str) -> MlflowClient:
+    """Connect once before MLflow sees the address.
+
+    MLflow would retry for 100 s, and keeps every other store of this process from being opened for as long.
+    """
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.pool import NullPool
+
+    try:
+        with create_engine(uri, poolclass=NullPool).connect():
+            pass
+    except (SQLAlchemyError, OSError, ValueError, TypeError) as error:  # the last two: a driver's option in the URI
+        raise unusable_store(uri, error) from error
+    return _answering_client(uri)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 import contextlib
 import json
 import logging
+import socket
 import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from refilled.errors import UserError
+from tune import tracking_store
 from tune.tracking import Tracker, resolve_tracking_uri
 from tune.tracking_record import flat_params
 from tune.tracking_rows import RowTail
@@ -405,6 +408,23 @@ def test_a_store_that_cannot_be_used_is_one_sentence_soon(tmp_path, bad, reason)
     assert "secret" not in message
     assert "\n" not in message
     assert [path for path in sorted(tmp_path.iterdir()) if path.suffix != ".lock"] == before
+
+
+@pytest.mark.usefixtures("uri")  # imports what MLflow needs for databases
+def test_a_database_that_hangs_keeps_no_other_store_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking_store, "_DATABASE_ANSWER_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with pytest.raises(UserError, match="no answer within 1 s"):
+            Tracker(f"postgresql://user:secret@127.0.0.1:{port}/x", "experiment")
+        opened = threading.Event()
+
+        def open_another():
+            Tracker(resolve_tracking_uri(None, tmp_path), "experiment").close()
+            opened.set()
+
+        threading.Thread(target=open_another, daemon=True).start()
+        assert opened.wait(60)
 
 
 @pytest.mark.parametrize("name", ["", "  ", "x" * 501])
