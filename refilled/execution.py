@@ -8,6 +8,7 @@ from pathlib import Path
 
 from refilled import distributed, mirror
 from refilled.bank import bank_for
+from refilled.carrier import FolderCarrier
 from refilled.compute import Compute
 from refilled.config import RunConfig
 from refilled.data.task import Task, load_task, load_test_images
@@ -18,7 +19,7 @@ from refilled.run_folder import Row, RunFolder, run_key
 from refilled.shared_stage import SharedStage, embedding_key, embeddings_of, has_embedding_stage
 from refilled.store import only_here, read_json, write_json
 from refilled.teacher import FrozenTeacher, load_model, pretrain_once
-from refilled.training import FolderCarrier, run
+from refilled.training import run
 
 _log = logging.getLogger(__name__)
 

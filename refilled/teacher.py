@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from refilled import distributed, mirror
+from refilled.carrier import FolderCarrier
 from refilled.compute import Compute
 from refilled.config import ClassifierConfig, RunConfig, content_hash
 from refilled.data.task import Task, load_task
@@ -70,7 +71,7 @@ def teacher_folder(config: RunConfig, storage: Path) -> RunFolder:
 
 def pretrain_once(config: RunConfig, storage: Path, compute: Compute) -> RunFolder:
     """The folder of the finished teacher, trained here unless it exists or others are at it."""
-    from refilled.training import FolderCarrier, run  # a teacher is a run, and a run may need a teacher
+    from refilled.training import run  # a teacher is a run, and a run may need a teacher
 
     folder = teacher_folder(config, storage)
     if distributed.agree(folder.result() is not None):

@@ -19,7 +19,9 @@ from pathlib import Path
 
 import torch
 
-from refilled.bank import BATCH_SIZE, bank_for
+from refilled.bank import bank_for
+from refilled.bank_site import BATCH_SIZE
+from refilled.carrier import FolderCarrier
 from refilled.compute import Compute
 from refilled.config import BankConfig, RunConfig
 from refilled.data.task import Task, load_task
@@ -32,7 +34,6 @@ from refilled.rehearsal import Steps, some_of
 from refilled.run_folder import RunFolder
 from refilled.teacher import FrozenTeacher, load_model, model_state, pretraining_run
 from refilled.tensor_file import save_tensors
-from refilled.training import FolderCarrier
 
 # What takes less than a block is repeated to fill one: a processor that others use too stops a step now and then, which
 # adds up over a run but which the median of single steps would not see.

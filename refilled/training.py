@@ -12,12 +12,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from refilled import distributed
+from refilled.carrier import Carrier
 from refilled.compute import Compute
 from refilled.config import RunConfig
 from refilled.data.batches import Batch, epoch_batches, num_batches
@@ -29,69 +29,9 @@ from refilled.keyed import derive_seed, keyed_uint64
 from refilled.methods import Stage, classifier_loss, embedding_loss, needs_teacher, stages_of
 from refilled.models import Model, Output, build_model, parameters_of_embedding
 from refilled.optim import build_optimizer, learning_rate, set_learning_rate
-from refilled.run_folder import Row, RunFolder
+from refilled.run_folder import Row
 from refilled.shared_stage import SharedStage
 from refilled.teacher import FrozenTeacher, model_state
-
-
-class Carrier(Protocol):
-    """What a run asks of its surroundings."""
-
-    def load(self) -> dict[str, Any] | None:
-        """The state last saved, if any."""
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Keep the state of an epoch border; called before that epoch's row is reported."""
-
-    def report(self, row: Row) -> None:
-        """Take an epoch's row; may end the run by raising."""
-
-    def repeat(self, rows: list[Row]) -> None:
-        """Take the rows of the state that was loaded again, all of its run so far."""
-
-    def finish(self, row: Row, model: dict[str, Any]) -> None:
-        """Keep the finished student."""
-
-
-class FolderCarrier:
-    """Carries a run in its folder; with `on_report` it also passes every row on, to Ray Tune or Ray Train.
-
-    Every worker reads the folder, which they share; only rank 0 writes.
-    """
-
-    def __init__(self, folder: RunFolder, on_report: Callable[[Row], None] | None = None) -> None:
-        self._folder = folder
-        self._on_report = on_report
-
-    def load(self) -> dict[str, Any] | None:
-        """The folder's last whole checkpoint, as rank 0 reads it: another worker might see an older or a newer one."""
-        return distributed.from_rank_zero(self._folder.load_checkpoint() if distributed.rank() == 0 else None)
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Write the checkpoint."""
-        if distributed.rank() == 0:
-            self._folder.save_checkpoint(state)
-
-    def report(self, row: Row) -> None:
-        """Append to the folder's rows, then pass on."""
-        if distributed.rank() == 0:
-            self._folder.append_row(row)
-        if self._on_report is not None:
-            self._on_report(row)
-
-    def repeat(self, rows: list[Row]) -> None:
-        """Pass on every row, in order, and keep those that the folder has lost.
-
-        Whoever decides by rows may have died with the process that reported them, and must see each before the next.
-        """
-        for row in rows:
-            self.report(row)
-
-    def finish(self, row: Row, model: dict[str, Any]) -> None:
-        """Close the folder."""
-        if distributed.rank() == 0:
-            self._folder.finish(row, model)
-        distributed.agree(True)  # nobody goes on before the folder is whole
 
 
 @dataclass

@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from refilled.bank import Bank, bank_for, bank_pays, epochs_with_teacher
+from refilled.bank import Bank, bank_for
+from refilled.bank_site import bank_pays, epochs_with_teacher
 from refilled.bank_store import META, ROWS, USED, partial_of
 from refilled.compute import Compute
 from refilled.config import BankConfig, RunConfig
@@ -161,7 +162,7 @@ def test_distillation_from_the_teachers_own_head_takes_embeddings_from_the_bank(
 def test_later_runs_open_the_bank_and_do_not_build_it(
     digits_run: RunConfig, place: Path, compute: Compute, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "refilled.bank")
+    caplog.set_level(logging.INFO, "refilled.bank_site")
     at = bench(digits_run, place)
     execute(at.config, place, compute)
     assert re.findall(r"Bank \w{16} is built: 0\.\d+ GiB in \d", caplog.text)
@@ -282,7 +283,7 @@ def test_epochs_that_ask_the_teacher(digits_run: RunConfig) -> None:
 def test_auto_builds_what_pays_uses_what_is_there_and_says_why(
     digits_run: RunConfig, place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "refilled.bank")
+    caplog.set_level(logging.INFO, "refilled.bank_site")
     at = bench(digits_run, place, bank__mode="auto", epochs=(2, 2))
     assert at.bank(num_sharing_runs=2) is None
     assert finished(place) == []
@@ -302,7 +303,7 @@ def test_auto_builds_what_pays_uses_what_is_there_and_says_why(
 def test_auto_goes_on_without_a_bank_that_others_are_building(
     digits_run: RunConfig, place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "refilled.bank")
+    caplog.set_level(logging.INFO, "refilled.bank_site")
     at = bench(digits_run, place, bank__mode="auto")
     assert at.bank(9) is not None
     path = at.folder
@@ -317,7 +318,7 @@ def test_auto_goes_on_without_a_bank_that_others_are_building(
 
 def test_bank_larger_than_all_may_be(digits_run: RunConfig, place: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The size that the sentence asks for is enough."""
-    caplog.set_level(logging.INFO, "refilled.bank")
+    caplog.set_level(logging.INFO, "refilled.bank_site")
     with pytest.raises(UserError, match=r"bank.max_gib must be at least 0.002 for 544 images x 9 views x 128") as error:
         bench(digits_run, place, bank__max_gib=1e-4).bank()
     at = bench(digits_run, place, bank__max_gib=1e-4, bank__mode="auto")

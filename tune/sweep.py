@@ -7,7 +7,7 @@ from typing import Any
 
 from optuna.storages import BaseStorage
 
-from refilled.bank import bank_pays, epochs_with_teacher
+from refilled.bank_site import bank_pays, epochs_with_teacher
 from refilled.config import SearchConfig
 from refilled.data.views import Views
 from refilled.errors import UserError

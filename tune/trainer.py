@@ -54,43 +54,22 @@ def train_on_group(
     """
     import ray.exceptions
     import ray.train
-    import ray.train.torch
 
-    least = resources.num_workers
-    is_elastic = most_workers is not None and most_workers > least
-    trainer = ray.train.torch.TorchTrainer(
-        train_fn_per_worker,
-        train_loop_config={
-            "job": job,
-            "config": dict(config),
-            "storage": storage,
-            "num_threads": resources.num_threads,
-            "num_gpus": resources.gpus_per_worker,
-            "num_sharing_runs": num_sharing_runs,
-            "share_embeddings": share_embeddings,
-            "reports": bool(callbacks),
-        },
-        torch_config=torch_config(),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(least, most_workers) if is_elastic else least,
-            elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
-            use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker=resources.per_worker,
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=f"{storage}/ray",
-            # A group that cannot start is retried for ever by default; five times is a minute or two.
-            failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=5),
-            callbacks=list(callbacks),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-        ),
-    )
+    given = {
+        "job": job,
+        "config": dict(config),
+        "storage": storage,
+        "num_sharing_runs": num_sharing_runs,
+        "share_embeddings": share_embeddings,
+    }
+    if most_workers == resources.num_workers:
+        most_workers = None
+    trainer = _trainer(given, resources, name, most_workers, callbacks)
     for attempt in range(1 + MAX_CONTROLLER_LOSSES):
         try:
             error = trainer.fit().return_value
         except (ray.exceptions.RayActorError, ray.train.ControllerError) as loss:
-            if attempt == MAX_CONTROLLER_LOSSES or not _may_pass(loss, is_elastic=is_elastic):
+            if attempt == MAX_CONTROLLER_LOSSES or not _may_pass(loss, is_elastic=most_workers is not None):
                 raise
             if begin_anew is not None:
                 begin_anew()
@@ -98,6 +77,40 @@ def train_on_group(
             break
     if error is not None:
         raise error
+
+
+def _trainer(
+    given: Mapping[str, Any], resources: Resources, name: str, most_workers: int | None, callbacks: tuple[Any, ...]
+) -> Any:
+    """A TorchTrainer whose workers get `given` beside what follows from the resources; else as for `train_on_group`."""
+    import ray.train
+    import ray.train.torch
+
+    least = resources.num_workers
+    return ray.train.torch.TorchTrainer(
+        train_fn_per_worker,
+        train_loop_config={
+            **given,
+            "num_threads": resources.num_threads,
+            "num_gpus": resources.gpus_per_worker,
+            "reports": bool(callbacks),
+        },
+        torch_config=torch_config(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=least if most_workers is None else (least, most_workers),
+            elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker=resources.per_worker,
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=f"{given['storage']}/ray",
+            # A group that cannot start is retried for ever by default; five times is a minute or two.
+            failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=5),
+            callbacks=list(callbacks),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
 
 
 def _may_pass(loss: Exception, *, is_elastic: bool) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from typing import TYPE_CHECKING
 
-from refilled.bank import bank_pays
+from refilled.bank_site import bank_pays
 from refilled.bank_store import BankFormat
 from refilled.config import RunConfig
 from refilled.data.batches import num_batches
