@@ -179,7 +179,9 @@ def record_earlier_trials(plan: Plan, trials: Mapping[str, list[FrozenTrial]], r
             if trial.state not in outcomes:
                 continue
             run = cell.run.with_overrides(overrides_of(trial))
-            rows = recorder.folder(cell, run).rows()
+            folder = recorder.folder(cell, run)
+            mirror.refresh(folder.metrics_path)  # that driver may have been on another machine
+            rows = folder.rows()
             recorder.open_trial(cell, run, trial.number, trial.user_attrs.get("origin", "sampled"))
             recorder.close_trial(cell, run, outcomes[trial.state], rows[-1] if rows else {})
 
