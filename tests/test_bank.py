@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_workers import leave_group
 
 from refilled.bank import Bank, bank_for
 from refilled.bank_site import bank_pays, epochs_with_teacher
@@ -524,7 +525,7 @@ def _work(job: dict[str, Any], storage: Path) -> None:
             time.sleep(0.001)
     execute(config, storage, Compute(torch.device("cpu"), config.precision))
     if "rank" in job:
-        dist.destroy_process_group()
+        leave_group()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from gloo_workers import run_workers
 from torch import Tensor, nn
 
 from refilled.distributed import (
@@ -175,16 +173,9 @@ def check_norm(shares: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def worker(me: int, num_workers: int, folder: str) -> None:
+def worker(me: int, folder: str) -> None:
     warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous-{num_workers}",
-        rank=me,
-        world_size=num_workers,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    num_workers = world_size()
     found: dict[str, Any] = {"rank": rank(), "world_size": world_size()}
     for shares in SHARES[num_workers]:
         own = share_of(shares, me)
@@ -195,8 +186,7 @@ def worker(me: int, num_workers: int, folder: str) -> None:
             found[f"local {shares}"] = vars(step(make_model(), own))
     found["gather"] = check_gather()
     found["sum_gradients"] = check_sum_gradients()
-    torch.save(found, f"{folder}/found-{num_workers}-{me}.pt")
-    dist.destroy_process_group()
+    torch.save(found, f"{folder}/found-{me}.pt")
 
 
 # ---- what is asserted -----------------------------------------------------------------------------------------------
@@ -205,11 +195,11 @@ def worker(me: int, num_workers: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """By world size, what each worker found."""
-    folder: Path = tmp_path_factory.mktemp("workers")
     results = {}
     for num_workers in SHARES:
-        mp.spawn(worker, args=(num_workers, str(folder)), nprocs=num_workers)
-        paths = [folder / f"found-{num_workers}-{me}.pt" for me in range(num_workers)]
+        folder: Path = tmp_path_factory.mktemp("workers")
+        run_workers(worker, folder, num_workers)
+        paths = [folder / f"found-{me}.pt" for me in range(num_workers)]
         results[num_workers] = [torch.load(path, weights_only=True) for path in paths]
     return results
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import inspect
 import json
 import logging
@@ -16,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo_workers import run_workers
 from PIL import Image
 
 from refilled.compute import Compute
@@ -480,19 +480,16 @@ def test_names_that_are_no_leaves(name: str, expected: bool) -> None:
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
-def _worker(me: int, config: dict[str, Any], folder: str) -> None:
-    """First a process of its own, then one of a group of two."""
+def _worker_alone(me: int, config: dict[str, Any], folder: str) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
+    torch.save(_race(me, RunConfig.from_dict(config), Path(folder) / "race"), f"{folder}/race-{me}.pt")
+
+
+def _worker(me: int, folder: str, config: dict[str, Any]) -> None:
+    warnings.simplefilter("error")
     storage, run = Path(folder), RunConfig.from_dict(config)
-    found: dict[str, Any] = {"race": _race(me, run, storage / "race")}
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=me,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    found: dict[str, Any] = {"race": torch.load(storage / f"race-{me}.pt")}
     found |= {"first": share(run, storage), "other": share(run.with_overrides(OTHER), storage)}
     execute(run.with_overrides(OTHER), storage / "alone", cpu(run))
     stage = _stage(run, storage)
@@ -507,7 +504,6 @@ def _worker(me: int, config: dict[str, Any], folder: str) -> None:
     found["damaged"] = share(run.with_overrides({"classifier.weight": 2.0, "epochs": (2, 1)}), storage)
     found["found again"] = stage.load(_student()) is not None
     torch.save(found, storage / f"found-{me}.pt")
-    dist.destroy_process_group()
 
 
 def _race(me: int, run: RunConfig, storage: Path) -> Rows:
@@ -528,7 +524,8 @@ def workers(first: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple
     folder: Path = tmp_path_factory.mktemp("workers")
     for name in ("race", "alone"):
         (folder / name).mkdir()
-    mp.spawn(_worker, args=(first.to_dict(), str(folder)), nprocs=2)
+    mp.spawn(_worker_alone, args=(first.to_dict(), str(folder)), nprocs=2)
+    run_workers(_worker, folder, 2, first.to_dict())
     return folder, [torch.load(folder / f"found-{me}.pt", weights_only=True) for me in (0, 1)]
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo_workers import run_workers
 from torch import Tensor, nn
 
 from refilled import distributed, training
@@ -69,23 +67,14 @@ def train(storage: Path, broken: str = "") -> dict[str, Any]:
     return {"rows": folder.rows(), "steps": steps, "weights": torch.load(folder.path / "model.pt")["weights"]}
 
 
-def worker(rank: int, num_workers: int, storage: str, broken: str) -> None:
+def worker(rank: int, storage: str, broken: str) -> None:
     """Take part, and keep what this worker saw."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{storage}/rendezvous",
-        rank=rank,
-        world_size=num_workers,
-        timeout=datetime.timedelta(seconds=60),
-    )
     torch.save(train(Path(storage), broken), f"{storage}/seen-{rank}.pt")
-    dist.destroy_process_group()
 
 
 def train_on(num_workers: int, storage: Path, broken: str = "") -> list[dict[str, Any]]:
     """What each of the workers saw."""
-    mp.spawn(worker, args=(num_workers, str(storage), broken), nprocs=num_workers)
+    run_workers(worker, storage, num_workers, broken)
     return [torch.load(storage / f"seen-{rank}.pt") for rank in range(num_workers)]
 
 
