@@ -26,11 +26,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from refilled.config.search import Pruner, Sampler
 from tune.keyed_sampler import KeyedSampler
-from tune.ledger import StudyPlan, epochs_trained, open_study
+from tune.known import known
+from tune.ledger import StudyPlan, epochs_trained, open_study, ranked
 from tune.pruning import Visible, make_pruner
 from tune.reuse import EmbeddingChoice
-from tune.samplers import make_sampler
+from tune.samplers import LEARNING, make_sampler
 from tune.space import sample
+from tune.transfer import best_settings, num_given
 
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 MAX_TAKEOVERS = 10  # of a trial that reports nothing in between: it may be what kills its drivers
@@ -41,7 +43,7 @@ class Rules:
     """How the studies of a search draw and judge their trials; fields as in `SearchConfig`."""
 
     seed: int = 0
-    sampler: Sampler = "tpe"
+    sampler: Sampler = "gp"
     pruner: Pruner = "halving"
     transfer: bool = True
     share_embeddings: bool = False
@@ -86,10 +88,10 @@ class CellStudy:
         self.epochs_spent = sum(epochs_trained(trial) for trial in trials if trial.state.is_finished())
         self.pace = (0, 0.0)
         self._generations = [tuple(each) for each in self.study.user_attrs.get("generations", [])]
-        self._received = {trial.user_attrs["from"] for trial in trials if trial.user_attrs.get("origin") == "transfer"}
-        self._drawn: deque[optuna.Trial] = deque(self._taken_over(trials))
-        if rules.deterministic and self._generations:
-            self._complete_generation()
+        # By neighbour, how many trials it had when it gave: what it tried later depends on who was faster.
+        self._received: dict[str, int] = dict(self.study.user_attrs.get("received", {}))
+        self._given: dict[str, list[FrozenTrial]] = {}
+        self._drawn: deque[optuna.Trial] = deque()
 
     def trials(self) -> list[FrozenTrial]:
         """All trials; not copies."""
@@ -128,19 +130,33 @@ class CellStudy:
 
     def best(self) -> FrozenTrial | None:
         """The complete trial with the highest value, the earliest of equals."""
-        complete = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
-        return max(complete, key=lambda trial: (trial.value, -trial.number), default=None)
+        return next(iter(ranked(self.trials())), None)
 
-    def receive(self, donor: str, winner: FrozenTrial | None) -> None:
-        """Queue a settled neighbour's winner, if it has one, once, unless the same point was tried already."""
-        self._received.add(donor)
-        if winner is not None:
-            attributes = {"origin": "transfer", "from": donor}
-            self.study.enqueue_trial(winner.params, user_attrs=attributes, skip_if_exists=True)
+    def learn_from(self, donor: CellStudy, *, is_settled: bool) -> None:
+        """Queue a settled neighbour's best settings, once, and let samplers know all that it had tried by then.
 
-    def needs(self, donor: str) -> bool:
-        """Whether the donor's winner is still wanted; by generations only before the first one."""
-        return donor not in self._received and not (self._rules.deterministic and self._generations)
+        Settings that were tried here already are not queued. By generations a neighbour that settles after the first
+        one is too late.
+        """
+        key = donor.plan.key
+        if key in self._given:
+            return
+        trials = donor.trials()
+        if key not in self._received:
+            if not is_settled or (self._rules.deterministic and self._generations):
+                return
+            for given in best_settings(trials, num_given(self.plan.num_trials, len(self.plan.donors))):
+                attributes = {"origin": "transfer", "from": key}
+                self.study.enqueue_trial(given.params, user_attrs=attributes, skip_if_exists=True)
+            self._received[key] = len(trials)
+            self.study.set_user_attr("received", self._received)
+        self._given[key] = [trial for trial in trials if trial.number < self._received[key]]
+
+    def resume(self) -> None:
+        """Take over what a dead driver left; after `learn_from` of all neighbours, whose trials samplers look at."""
+        self._drawn.extend(self._taken_over(self.trials()))
+        if self._rules.deterministic and self._generations:
+            self._complete_generation()
 
     def next_trial(self, most: int) -> optuna.Trial | None:
         """A trial to run, its settings drawn; none while a generation must end first.
@@ -245,8 +261,12 @@ class CellStudy:
                 self._rules.sampler, trial_seed=seed, study_seed=_hash(cell), num_trials=self.plan.num_trials
             )
 
-        self.study.sampler = KeyedSampler(make)
+        is_learning = self._rules.make_sampler is not None or self._rules.sampler in LEARNING
+        self.study.sampler = KeyedSampler(make, self._known if is_learning else None)
         return _hash(f"{cell} {number}")
+
+    def _known(self, study: optuna.Study, trial: FrozenTrial) -> tuple[optuna.Study, FrozenTrial]:
+        return known(self.trials(), trial.number, self._given)
 
 
 def _hash(text: str) -> int:

@@ -10,6 +10,8 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+Sight = Callable[[optuna.Study, FrozenTrial], tuple[optuna.Study, FrozenTrial]]
+
 
 class KeyedSampler(BaseSampler):
     """What another sampler draws, whatever was drawn of the trial before.
@@ -20,27 +22,38 @@ class KeyedSampler(BaseSampler):
 
     Args:
         make: makes the sampler with a seed that follows from the trial and the text it is given.
+        see: the study, and the trial in it, that the sampler is shown in the place of these; none: these.
     """
 
-    def __init__(self, make: Callable[[str], BaseSampler]) -> None:
+    def __init__(self, make: Callable[[str], BaseSampler], see: Sight | None = None) -> None:
         self._make = make
         self._together = make("")
+        self._see = see
+        self._seen: tuple[optuna.Study, FrozenTrial] | None = None
+
+    def _shown(self, study: optuna.Study, trial: FrozenTrial) -> tuple[optuna.Study, FrozenTrial]:
+        if self._see is None:
+            return study, trial
+        if self._seen is None:  # one sampler draws one trial, all of it from what is known at its start
+            self._seen = self._see(study, trial)
+        return self._seen
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """See Optuna."""
-        return self._together.infer_relative_search_space(study, trial)
+        return self._together.infer_relative_search_space(*self._shown(study, trial))
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """See Optuna."""
-        return self._together.sample_relative(study, trial, search_space)
+        return self._together.sample_relative(*self._shown(study, trial), search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """See Optuna."""
-        return self._make(param_name).sample_independent(study, trial, param_name, param_distribution)
+        shown = self._shown(study, trial)
+        return self._make(param_name).sample_independent(*shown, param_name, param_distribution)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """See Optuna."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,12 @@ def open_study(plan: StudyPlan, storage: BaseStorage) -> optuna.Study:
     if all(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False)):
         study.enqueue_trial(default_point(plan.run), user_attrs={"origin": "default"}, skip_if_exists=True)
     return study
+
+
+def ranked(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """The complete ones, from the highest value down, the earliest of equals first."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))
 
 
 def overrides_of(trial: FrozenTrial) -> dict[str, Any]:

@@ -25,8 +25,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from refilled.config.search import Pruner
 
-# Of the trials at a rung one in this many goes on.
-REDUCTION = 2
+# Of the trials at a rung one in this many goes on. A sampler that has found where good settings are draws good ones
+# only: there ranks are chance, and stopping every other trial as is usual with halving (a reduction of 2) made searches
+# with a Gaussian process take 1.9 times the epochs (550 recorded runs of the digits). Whoever is last of four there is
+# seldom the best.
+REDUCTION = 4 / 3
+HYPERBAND_REDUCTION = 2.0
 # Where trials are judged, as parts of a run. Classical halving begins at an eighth and would train far less, but there
 # a trial's rank says nothing of its end: while learning rates are high, and in stage embedding, the rank correlation
 # with the final values was -0.1 to 0.2 on recorded runs of the digits and CIFAR-100, and 0.6 to 0.9 at three quarters.
@@ -44,7 +48,7 @@ def make_pruner(
     num_epochs: int,
     *,
     rungs: Sequence[int] | None = None,
-    reduction: int = REDUCTION,
+    reduction: float | None = None,
     min_trials: int = MIN_TRIALS,
     visible: Visible | None = None,
 ) -> BasePruner:
@@ -54,7 +58,7 @@ def make_pruner(
         kind: halving: `HalvingPruner`. hyperband: `HyperbandPruner`. median: `MedianPruner`. none: nobody is stopped.
         num_epochs: epochs of a whole run.
         rungs: epochs at which trials are judged; none: those of `halving_rungs` or `median_rungs`.
-        reduction: of halving and hyperband; see `HalvingPruner`.
+        reduction: of halving and hyperband, see `HalvingPruner`; none: each its own.
         min_trials: nobody is stopped at a rung that fewer trials have reached, the judged one included.
         visible: see `RungPruner`.
     """
@@ -63,8 +67,9 @@ def make_pruner(
     if kind == "median":
         rungs = median_rungs(num_epochs) if rungs is None else rungs
         return MedianPruner(tuple(rungs), min_trials=min_trials, visible=visible)
-    pruner = HalvingPruner if kind == "halving" else HyperbandPruner
+    pruner, own_reduction = (HalvingPruner, REDUCTION) if kind == "halving" else (HyperbandPruner, HYPERBAND_REDUCTION)
     rungs = halving_rungs(num_epochs) if rungs is None else rungs
+    reduction = own_reduction if reduction is None else reduction
     return pruner(tuple(rungs), reduction=reduction, min_trials=min_trials, visible=visible)
 
 
@@ -129,14 +134,15 @@ class HalvingPruner(RungPruner):
 
     Args:
         rungs: as in `RungPruner`, like `min_trials` and `visible`.
-        reduction: one of this many trials goes on; of n trials ceil(n / reduction) do, and whoever equals the last.
+        reduction: one of this many trials goes on, above 1; of n trials ceil(n / reduction) do, and whoever equals the
+            last.
     """
 
     def __init__(
         self,
         rungs: tuple[int, ...],
         *,
-        reduction: int = REDUCTION,
+        reduction: float = REDUCTION,
         min_trials: int = MIN_TRIALS,
         visible: Visible | None = None,
     ) -> None:
@@ -145,7 +151,8 @@ class HalvingPruner(RungPruner):
 
     def is_beaten(self, value: float, rivals: Sequence[float]) -> bool:
         """Whether as many rivals are better as may go on."""
-        return sum(rival > value for rival in rivals) >= math.ceil((len(rivals) + 1) / self.reduction)
+        num_going_on = math.ceil((len(rivals) + 1) / self.reduction - 1e-9)  # a whole number may come out a hair above
+        return sum(rival > value for rival in rivals) >= num_going_on
 
 
 class HyperbandPruner(HalvingPruner):

@@ -16,29 +16,34 @@ from optuna.trial import FrozenTrial
 
 from refilled.config.search import Sampler
 
+LEARNING = ("tpe", "gp")
+"""Samplers that look at the trials before."""
+NUM_RANDOM = 4
+"""Trials, the first ones included, before a Gaussian process draws: few settings matter, and it finds them early."""
+
 
 def make_sampler(kind: Sampler, *, study_seed: int, trial_seed: int, num_trials: int) -> BaseSampler:
     """The sampler of one trial.
 
     Args:
-        kind: tpe: multivariate TPE, conditional settings modelled jointly with the rest. gp: a Gaussian process over
-            the settings that all complete trials have; it learns nothing from pruned trials. random: independent.
-            qmc: the next point of a scrambled Sobol sequence over the settings of the study's first trial.
-            gp and qmc draw conditional settings independently.
+        kind: gp: a Gaussian process over the settings that all trials have which it is shown as complete. tpe:
+            multivariate TPE, conditional settings modelled jointly with the rest. random: independent. qmc: the next
+            point of a scrambled Sobol sequence over the settings of the study's first trial. gp and qmc draw
+            conditional settings independently.
         study_seed: the same for all trials of a study; scrambles the sequence of qmc. Any integer.
         trial_seed: the trial's own; decides everything else that is random. Any integer.
-        num_trials: what the study ends with; tpe and gp draw the first quarter of it at random (4 to 10 trials).
+        num_trials: what the study ends with; tpe draws the first quarter of it at random (4 to 10 trials).
     """
     seed = trial_seed % 2**32
-    num_random = min(10, max(4, num_trials // 4))
     if kind == "tpe":
         with warnings.catch_warnings():
             # `group` is marked experimental since 2021; without it conditional settings are drawn independently.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            num_random = min(10, max(NUM_RANDOM, num_trials // 4))
             return TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=num_random)
     if kind == "gp":
         # It would log a line for every conditional setting: they are drawn independently, as documented above.
-        return GPSampler(seed=seed, n_startup_trials=num_random, warn_independent_sampling=False)
+        return GPSampler(seed=seed, n_startup_trials=NUM_RANDOM, warn_independent_sampling=False)
     if kind == "qmc":
         with warnings.catch_warnings():
             # The sampler is marked experimental since 2022.

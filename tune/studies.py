@@ -98,6 +98,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
         self._allocation = Allocation(
             list(self._cells.values()), budget, deterministic=rules.deterministic, transfer=rules.transfer
         )
+        for cell in self._cells.values():
+            for donor in self._allocation.donors(cell):
+                cell.learn_from(donor, is_settled=False)
+            cell.resume()
         self._live: dict[str, _Live] = {}
         self.stopped_because = ""
         self._lost_starts: Counter[tuple[str, int]] = Counter()  # by cell and number
@@ -122,8 +126,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
             return str(Searcher.FINISHED)
         cell, room = chosen
         for donor in self._allocation.donors(cell):
-            if cell.needs(donor.plan.key) and self._allocation.is_settled(donor):
-                cell.receive(donor.plan.key, donor.best())
+            cell.learn_from(donor, is_settled=self._allocation.is_settled(donor))
         trial = cell.next_trial(room)
         if trial is None:
             return None

@@ -135,8 +135,8 @@ def describe(result: SweepResult) -> list[str]:
     if received:
         better = f", on average {100 * sum(gains) / len(gains):+.2f} points over the default settings" if gains else ""
         lines.append(
-            f"Transfer: {len(received)} of {len(result.brought)} cells tried a neighbour's winner"
-            f"{better}; it won in {sum(each.won for each in received)}."
+            f"Transfer: {len(received)} of {len(result.brought)} cells tried neighbours' best settings"
+            f"{better}; one of them won in {sum(each.won for each in received)}."
         )
     if result.epochs_shared:
         total = result.epochs + result.epochs_shared

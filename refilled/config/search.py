@@ -37,12 +37,13 @@ class SearchConfig(Config):
     """Share of the trials that goes where the winner is still uncertain, instead of to all cells alike."""
     seeds: int = 3
     """Refits of every winner, each with its own seed."""
-    sampler: Sampler = "tpe"
-    """Who draws trials, all of Optuna: tpe (multivariate), gp (learns from whole trials only), random or qmc."""
+    sampler: Sampler = "gp"
+    """Who draws trials, all of Optuna: gp (a Gaussian process), tpe (multivariate), random or qmc."""
     pruner: Pruner = "halving"
     """Who stops trials early, within their cell: halving (asynchronous), hyperband, median or none."""
     transfer: bool = True
-    """Let a cell begin with the winners of its neighbours: nearest overlap, nearest architectures."""
+    """Let a cell begin with the best settings of its neighbours, nearest overlap and nearest architectures, and let its
+    sampler know what they tried."""
     share_embeddings: bool = False
     """Let trials go on from a finished embedding stage of another one, with classifier settings of their own."""
     deterministic: bool = False

@@ -2,13 +2,14 @@
 
     python tests/benchmarks/bench_search.py
     python tests/benchmarks/bench_search.py --tables cifar-0.4 --groups main pruners samplers --slots 2 4 --seeds 20
-    python tests/benchmarks/bench_search.py --groups transfer --tables digits-0 digits-0.4 digits-1
+    python tests/benchmarks/bench_search.py --groups grid --tables digits-0 digits-0.4 digits-1
 
 Counts the epochs that all trials of a search trained, pruned ones included, until a trial that ran to its end reached
 a share of the best value in the table (`--share`). A search that does not within the cap (`--cap`, in whole trials)
 counts as the cap. `ratio` is random search's mean over this one's, above 1 where this one needs fewer epochs. Intervals
 are 95 %, by bootstrap over seeds, the ratio's paired by seed. `best` is the best whole trial within `--budget` whole
-trials' epochs. The group `transfer` searches all tables in one search, each a neighbour of the one before.
+trials' epochs. In the group `grid` ours searches all tables in one search, each a neighbour of the one before, the
+others one by one; its last part compares the epochs of all tables together.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ import numpy as np
 import optuna
 from machine import machine_line
 from replay.simulation import Outcome, simulate
-from replay.strategies import GROUPS, RANDOM, Strategy, ours
+from replay.strategies import GROUPS, RANDOM, RAY, Strategy, ours
 from replay.table import CURVES, Row, Table
 
 NUM_RESAMPLES = 10_000
-TRANSFER: Mapping[str, Callable[[int], Strategy]] = {
-    "ours, transfer": lambda trials: ours(num_trials=trials),
-    "ours, no transfer": lambda trials: ours(num_trials=trials, transfer=False),
-    "no pruner, transfer": lambda trials: ours(num_trials=trials, pruner="none"),
-    "no pruner, no transfer": lambda trials: ours(num_trials=trials, pruner="none", transfer=False),
+GRID: Mapping[str, Callable[[int], Strategy]] = {
+    "ours": lambda trials: ours(num_trials=trials, own_share=min(trials, GRID_SHARE)),
+    "ours, no transfer": lambda trials: ours(num_trials=trials, own_share=min(trials, GRID_SHARE), transfer=False),
 }
+GRID_SHARE = 30  # trials after which a neighbour gives
+GRID_NAME = "grid"
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,39 @@ class Result:
 
 
 @lru_cache(maxsize=16)
-def load(name: str, curves: Path, is_weighted: bool) -> Table:
-    """A table, kept for the next search of the same process."""
-    return Table.load(name, curves, is_weighted=is_weighted)
+def load(names: tuple[str, ...], curves: Path, is_weighted: bool) -> list[Table]:
+    """The tables of one search, kept for the next search of the same process."""
+    return Table.load_grid(names, curves, is_weighted=is_weighted)
 
 
-def search(group: str, name: str, tables: Sequence[str], seed: int, setting: Setting) -> dict[str, Result]:
+@dataclass(frozen=True)
+class Search:
+    """One comparison's search of some tables.
+
+    Attributes:
+        group: where the strategy is named.
+        name: of the strategy.
+        tables: that it searches together.
+        grid: tables in which the same settings are answered by the same recorded ones.
+    """
+
+    group: str
+    name: str
+    tables: tuple[str, ...]
+    grid: tuple[str, ...]
+
+
+def run_search(search: Search, seed: int, setting: Setting) -> dict[str, Result]:
     """Run one search; its result by table."""
     # Optuna and Ray say on every trial what these searches do thousands of times.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # OptunaSearch warns of a space that takes a second, which on a busy machine drawing a point of ours may.
     warnings.filterwarnings("ignore", "Define-by-run function", UserWarning)
-    loaded = {each: load(each, setting.curves, setting.is_weighted) for each in tables}
-    strategy = TRANSFER[name](setting.cap) if group == "transfer" else GROUPS[group][name]
+    grid = load(search.grid, setting.curves, setting.is_weighted)
+    loaded = {each.name: each for each in grid if each.name in search.tables}
+    in_grid = search.group == GRID_NAME
+    strategy = GRID[search.name](setting.cap) if in_grid else GROUPS[search.group][search.name]
 
     def is_over(outcome: Outcome) -> bool:
         return all(
@@ -171,30 +191,45 @@ def rank_correlations(table: Table) -> str:
     return f"  rank correlation of an epoch's values with the final ones: {', '.join(found)}"
 
 
-def compare(group: str, table_names: Sequence[str], seeds: int, setting: Setting, pool: ProcessPoolExecutor) -> None:
-    """Run a group's searches and print its table as they come."""
-    names = list(TRANSFER) if group == "transfer" else list(GROUPS[group])
-    kinds = [("main", RANDOM, [each]) for each in table_names] if group != "main" else []
-    kinds += (
-        [(group, name, list(table_names)) for name in names]
-        if group == "transfer"
-        else [(group, name, [each]) for each in table_names for name in names]
-    )
-    jobs = {
-        (kind, tuple(tables), name): [pool.submit(search, kind, name, tables, seed, setting) for seed in range(seeds)]
-        for kind, name, tables in kinds
+def searches(group: str, tables: Sequence[str]) -> list[Search]:
+    """What a group compares, random search first."""
+    if group == GRID_NAME:
+        grid = tuple(tables)
+        alone = [Search("main", name, (each,), grid) for name in (RANDOM, RAY) for each in tables]
+        return alone + [Search(group, name, grid, grid) for name in GRID]
+    reference = [Search("main", RANDOM, (each,), (each,)) for each in tables] if group != "main" else []
+    return reference + [Search(group, name, (each,), (each,)) for name in GROUPS[group] for each in tables]
+
+
+def compare(group: str, tables: Sequence[str], seeds: int, setting: Setting, pool: ProcessPoolExecutor) -> None:
+    """Run a group's searches and print its table."""
+    started = {
+        each: [pool.submit(run_search, each, seed, setting) for seed in range(seeds)]
+        for each in searches(group, tables)
     }
-    collected: dict[tuple[str, str], list[Result]] = {}
+    found: dict[str, dict[str, list[Result]]] = {}  # by strategy and table
+    for each, jobs in started.items():
+        results = [job.result() for job in jobs]
+        for table in each.tables:
+            found.setdefault(each.name, {})[table] = [result[table] for result in results]
     print(
         f"\n{group}, {setting.slots} slots, {seeds} seeds, cap {setting.cap} and budget {setting.budget} whole trials"
     )
-    for table in table_names:
-        print(f"{table}\n{HEADER}", flush=True)
-        for (_, tables, name), started in jobs.items():
-            if table in tables:
-                collected[table, name] = [job.result()[table] for job in started]
-                reference = None if name == RANDOM else collected[table, RANDOM]
-                print(line(name, collected[table, name], reference), flush=True)
+    for table in tables:
+        print(f"{table}\n{HEADER}")
+        for name, by_table in found.items():
+            print(line(name, by_table[table], None if name == RANDOM else found[RANDOM][table]))
+    if len(tables) > 1:
+        print("epochs of all tables")
+        sums = {
+            name: [sum(results[seed].epochs for results in by_table.values()) for seed in range(seeds)]
+            for name, by_table in found.items()
+        }
+        for name, epochs in sums.items():
+            low, high = ratio_interval(sums[RANDOM], epochs)
+            ratio = statistics.mean(sums[RANDOM]) / statistics.mean(epochs)
+            print(f"{name:<36} {statistics.mean(epochs):>7.0f} {ratio:>6.2f} [{low:.2f}, {high:.2f}]")
+    sys.stdout.flush()
 
 
 def main() -> None:
@@ -202,11 +237,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     recorded = sorted(path.name.removesuffix(".json.gz") for path in CURVES.glob("*.json.gz"))
     parser.add_argument("--tables", nargs="+", default=recorded)
-    parser.add_argument("--groups", nargs="+", default=["main"], choices=[*GROUPS, "transfer"])
+    parser.add_argument("--groups", nargs="+", default=["main"], choices=[*GROUPS, GRID_NAME])
     parser.add_argument("--slots", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--share", type=float, default=0.99)
-    parser.add_argument("--cap", type=int, default=60)
+    parser.add_argument("--cap", type=int, default=100)
     parser.add_argument("--budget", type=int, default=16)
     parser.add_argument("--seconds", action="store_true", help="time in recorded seconds; else an epoch takes 1")
     parser.add_argument("--unweighted", action="store_true", help="find the nearest settings with equal weights")
@@ -215,7 +250,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(machine_line(1))
     for name in arguments.tables:
-        table = load(name, arguments.curves, not arguments.unweighted)
+        (table,) = load((name,), arguments.curves, not arguments.unweighted)
         print(describe(table, arguments.share))
         print(rank_correlations(table), flush=True)
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:

@@ -11,7 +11,7 @@ from tune.space import as_data
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from replay.simulation import Contestant, simulate
-from replay.strategies import ours, random_search, ray_default
+from replay.strategies import EARLY, ours, random_search, ray_default
 from replay.table import Curve, Table, point_of
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -211,7 +211,7 @@ def test_real_searches_run_on_recorded_tables(name):
     table = Table.load(name)
     assert [entry["name"] for entry in table.space] == [entry["name"] for entry in as_data(table.run)]
     most = 8 * table.num_epochs
-    for strategy in (ours(), random_search, ray_default):
+    for strategy in (ours(make_pruner=EARLY), random_search, ray_default):
         outcome = simulate(
             strategy([table], 0),
             {name: table},

@@ -73,8 +73,8 @@ def test_halving_spares_the_first_trials_and_stops_the_others_at_its_rungs() -> 
     assert all(lengths[:3] == [30, 30, 30] for lengths in studies)  # nobody is judged before the fourth
     lengths = [length for study in studies for length in study[20:]]
     assert set(lengths) == {22, 25, 30}
-    # Of many trials half goes past every rung.
-    assert statistics.mean(lengths) == pytest.approx(22 / 2 + 25 / 4 + 30 / 4, rel=0.03)
+    # Of many trials three quarters go past every rung.
+    assert statistics.mean(lengths) == pytest.approx(22 / 4 + 25 * 3 / 16 + 30 * 9 / 16, rel=0.03)
 
 
 def test_simulated_studies_differ_and_come_again_alike() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from refilled.config import RunConfig, ViewConfig
 from refilled.presets import cifar100, smoke
 
-OVERLAPS = (0.0, 0.4, 1.0)
+OVERLAPS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # section 5.1.1
 
 
 def problems(cifar_data: str = "cifar100") -> Mapping[str, RunConfig]:

@@ -4,14 +4,16 @@
     python tests/benchmarks/replay/record.py cifar-0.4 --data parquet:DIR --trials 200 --storage DIR
 
 Row 0 of a table is the problem's own settings, with which every search begins; the others are drawn by Optuna's
-RandomSampler through `tune.space.sample`. Trials are run folders of the storage, so the same command again goes on
-where it was, and a larger `--trials` adds to what is there. Tables are written to `--out` as they grow.
+RandomSampler through `tune.space.sample`. Rows that a table holds already are kept, and trials are run folders of the
+storage, so the same command again goes on where it was, and a larger `--trials` adds to what is there. Tables are
+written to `--out` as they grow.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import gzip
 import json
 import os
@@ -81,13 +83,11 @@ def compact(number: int, params: Point, rows: Sequence[dict[str, Any]]) -> dict[
 
 def write_table(path: Path, name: str, run: RunConfig, seed: int, rows: dict[int, dict[str, Any]]) -> None:
     """Replace a table; the same rows give the same bytes."""
-    is_elsewhere = ":" in run.data  # only the folder differs, which says nothing about the numbers
-    settings = run.to_dict() | ({"data": "cifar100"} if is_elsewhere else {})
     table = {
         "problem": name,
         "machine": machine_line(1),
         "sampler_seed": seed,
-        "run": settings,
+        "run": _without_folder(run).to_dict(),
         "space": as_data(run),
         "trials": [rows[number] for number in sorted(rows)],
     }
@@ -98,25 +98,45 @@ def write_table(path: Path, name: str, run: RunConfig, seed: int, rows: dict[int
     temporary.replace(path)
 
 
+def rows_of(path: Path, run: RunConfig, seed: int) -> dict[int, dict[str, Any]]:
+    """The rows of a table of the same problem and draws, by number; none where it is of others."""
+    if not path.exists():
+        return {}
+    stored = json.loads(gzip.decompress(path.read_bytes()))
+    is_same = (
+        RunConfig.from_dict(stored["run"]) == _without_folder(run)
+        and stored["space"] == json.loads(json.dumps(as_data(run)))
+        and stored["sampler_seed"] == seed
+    )
+    return {row["number"]: row for row in stored["trials"]} if is_same else {}
+
+
+def _without_folder(run: RunConfig) -> RunConfig:
+    """Where CIFAR-100 lies says nothing about the numbers."""
+    return dataclasses.replace(run, data=run.data if ":" not in run.data else "cifar100")
+
+
 def record(name: str, run: RunConfig, arguments: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
     """Record one problem, teacher first."""
     if needs_teacher(run):
         pool.submit(_pretrain, run, arguments.storage).result()
     drawn = points(run, arguments.trials, arguments.seed)
+    path = arguments.out / f"{name}.json.gz"
+    rows = rows_of(path, run, arguments.seed)
     jobs = {
         pool.submit(train, run.with_overrides(overrides), arguments.storage, arguments.trials): number
         for number, (_, overrides) in enumerate(drawn)
+        if number not in rows
     }
-    rows: dict[int, dict[str, Any]] = {}
-    path = arguments.out / f"{name}.json.gz"
+    num_wanted = len(rows) + len(jobs)
     for job in as_completed(jobs):
         number = jobs[job]
         rows[number] = compact(number, drawn[number][0], job.result())
-        if len(rows) % SAVE_EVERY == 0 or len(rows) == len(jobs):
+        if len(rows) % SAVE_EVERY == 0 or len(rows) == num_wanted:
             write_table(path, name, run, arguments.seed, rows)
             best = max(row["best_val_accuracy"] for row in rows.values())
             near = sum(row["best_val_accuracy"] >= 0.99 * best for row in rows.values())
-            print(f"{name}: {len(rows)} of {len(jobs)}, best {best:.4f}, {near} within 1 % of it", flush=True)
+            print(f"{name}: {len(rows)} of {num_wanted}, best {best:.4f}, {near} within 1 % of it", flush=True)
 
 
 def _pretrain(run: RunConfig, storage: Path) -> None:

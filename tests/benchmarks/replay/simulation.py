@@ -8,6 +8,9 @@ What `ray/tune/execution/tune_controller.py` of Ray 2.60 does with a function th
 - after STOP, and when the function has returned, the last row goes to `scheduler.on_trial_complete`, then to
   `searcher.on_trial_complete`;
 - a function that raises goes to `scheduler.on_trial_error`, then to `searcher.on_trial_complete(error=True)`.
+
+A trial that goes on from another one's embedding stage repeats that stage's rows at once, as `refilled.training` does;
+they are the nearest recorded ones, and no epochs of its own.
 """
 
 from __future__ import annotations
@@ -135,6 +138,8 @@ class _Simulation:
             name, point = self._contestant.read(suggestion)
             table = self._tables[name]
             rows = table.curves[table.nearest(point)].rows(table.num_epochs)
+            if suggestion.get("origin") == "reuse":
+                rows = [row | {"shared": row["stage"] == "embedding"} for row in rows]
             # A stub is a whole Trial but for its trainable, which only Ray's processes would need.
             trial = Trial("replayed", config=dict(suggestion), trial_id=trial_id, stub=True)
             trial.set_status(Trial.RUNNING)
@@ -154,7 +159,7 @@ class _Simulation:
         row = {**slot.rows[slot.next_row], "trial_id": trial.trial_id}
         slot.next_row += 1
         name = slot.table.name
-        self.outcome.epochs[name] = self.outcome.epochs.get(name, 0) + 1
+        self.outcome.epochs[name] = self.outcome.epochs.get(name, 0) + (not row.get("shared", False))
         is_stopped = scheduler.on_trial_result(None, trial, row) == TrialScheduler.STOP
         if not is_stopped:
             searcher.on_trial_result(trial.trial_id, row)
@@ -179,4 +184,5 @@ class _Simulation:
         """An epoch that raises takes as long as the one before would have."""
         upcoming = slot.rows[min(slot.next_row, len(slot.rows) - 1)] if slot.rows else {"stage": "embedding"}
         self._num_events += 1
-        heapq.heappush(self.events, (now + self._epoch_time(slot.table, upcoming), self._num_events, slot))
+        time = 0.0 if upcoming.get("shared", False) else self._epoch_time(slot.table, upcoming)
+        heapq.heappush(self.events, (now + time, self._num_events, slot))

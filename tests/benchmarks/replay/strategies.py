@@ -16,18 +16,19 @@ from replay.table import Point, Table, point_of
 
 from tune.pruning import HalvingPruner, MedianPruner
 from tune.space import sample
-from tune.studies import Rules, StudyPlan, StudyScheduler, StudySearcher
+from tune.studies import Budget, Rules, StudyPlan, StudyScheduler, StudySearcher
 
 METRIC = "val_accuracy"
 Strategy = Callable[[Sequence[Table], int], Contestant]
 """Makes a search of these problems from a seed."""
 
 
-def ours(*, num_trials: int = 1000, chained: bool = True, **rules: Any) -> Strategy:
+def ours(*, num_trials: int = 1000, own_share: int | None = None, chained: bool = True, **rules: Any) -> Strategy:
     """The platform's own searcher and scheduler, storage in memory.
 
     Args:
-        num_trials: of every cell.
+        num_trials: of every cell, on average.
+        own_share: trials that every cell has before the others go to the least certain ones; none: all.
         chained: whether every table is a donor to the next one; without effect where the rules say no transfer.
         rules: fields of `tune.studies.Rules`.
     """
@@ -45,7 +46,8 @@ def ours(*, num_trials: int = 1000, chained: bool = True, **rules: Any) -> Strat
             )
             for index, table in enumerate(tables)
         ]
-        searcher = StudySearcher(plans, optuna.storages.InMemoryStorage(), Rules(seed=seed, **rules))
+        budget = Budget(adaptive_share=0.0 if own_share is None else 1 - own_share / num_trials)
+        searcher = StudySearcher(plans, optuna.storages.InMemoryStorage(), Rules(seed=seed, **rules), budget)
 
         def read(suggestion: Suggestion) -> tuple[str, Point]:
             return suggestion["cell"], point_of(suggestion["overrides"])
@@ -102,7 +104,7 @@ def gp(**settings: Any) -> Callable[[StudyPlan, int], BaseSampler]:
     return make
 
 
-def halving(*parts: float, reduction: int = 3, min_trials: int = 4) -> Callable[[StudyPlan, Any], BasePruner]:
+def halving(*parts: float, reduction: float = 3, min_trials: int = 4) -> Callable[[StudyPlan, Any], BasePruner]:
     """A halving pruner with rungs at these parts of a run, for `Rules.make_pruner`."""
 
     def make(plan: StudyPlan, visible: Any) -> BasePruner:
@@ -124,35 +126,26 @@ def median(*parts: float, min_trials: int = 4) -> Callable[[StudyPlan, Any], Bas
 
 _JOINT = {"multivariate": True, "group": True}
 RANDOM = "random, no pruner"
+RAY = "Ray's OptunaSearch + ASHA"
 EARLY = halving(1 / 8, 3 / 8, reduction=3)
 MAIN: Mapping[str, Strategy] = {
     RANDOM: random_search,
     "ours": ours(),
     "ours, no pruner": ours(pruner="none"),
+    "ours, tpe": ours(sampler="tpe"),
     "ours, judged from 1/8 on": ours(make_pruner=EARLY),
-    "Ray's OptunaSearch + ASHA": ray_default,
+    RAY: ray_default,
 }
 SAMPLERS: Mapping[str, Strategy] = {
-    "tpe as it is": ours(pruner="none"),
+    "gp as it is": ours(pruner="none"),
+    "gp, 6 random": ours(pruner="none", make_sampler=gp(n_startup_trials=6)),
+    "gp, 10 random": ours(pruner="none", make_sampler=gp(n_startup_trials=10)),
+    "tpe as it is": ours(pruner="none", sampler="tpe"),
     "tpe, 4 random": ours(pruner="none", make_sampler=tpe(n_startup_trials=4, **_JOINT)),
-    "tpe, 4 random, 128 candidates": ours(
-        pruner="none", make_sampler=tpe(n_startup_trials=4, n_ei_candidates=128, **_JOINT)
-    ),
-    "tpe, 20 random": ours(pruner="none", make_sampler=tpe(n_startup_trials=20, **_JOINT)),
-    "tpe, no group": ours(pruner="none", make_sampler=tpe(multivariate=True)),
     "tpe, univariate": ours(pruner="none", make_sampler=tpe(multivariate=False)),
-    "tpe, no constant liar": ours(pruner="none", make_sampler=tpe(constant_liar=False, **_JOINT)),
     "qmc": ours(pruner="none", sampler="qmc"),
     "random after the default": ours(pruner="none", sampler="random"),
 }
-SLOW_SAMPLERS: Mapping[str, Strategy] = {
-    "gp, 4 random": ours(pruner="none", make_sampler=gp(n_startup_trials=4)),
-    "gp, 6 random": ours(pruner="none", make_sampler=gp(n_startup_trials=6)),
-    "gp as it is": ours(pruner="none", sampler="gp"),
-    "tpe, 4 random": SAMPLERS["tpe, 4 random"],
-    "tpe as it is": SAMPLERS["tpe as it is"],
-}
-"""A Gaussian process takes up to a second a suggestion; it is compared with the sampler that it would replace."""
 PRUNERS: Mapping[str, Strategy] = {
     "halving as it is": ours(),
     "hyperband": ours(pruner="hyperband"),
@@ -174,7 +167,6 @@ DETERMINISM: Mapping[str, Strategy] = {
 GROUPS: Mapping[str, Mapping[str, Strategy]] = {
     "main": MAIN,
     "samplers": SAMPLERS,
-    "slow_samplers": SLOW_SAMPLERS,
     "pruners": PRUNERS,
     "determinism": DETERMINISM,
 }

@@ -92,6 +92,7 @@ class Table:
     ) -> None:
         self.name, self.run, self.space, self.curves = name, run, tuple(space), tuple(curves)
         self.is_weighted = is_weighted
+        self._grid: Sequence[Table] = (self,)
         self.num_epochs = max(len(curve.val_accuracy) for curve in curves)
 
     @classmethod
@@ -104,6 +105,23 @@ class Table:
         ]
         run = RunConfig.from_dict(stored["run"])
         return cls(stored["problem"], run, stored["space"], curves, is_weighted=is_weighted)
+
+    @classmethod
+    def load_grid(cls, names: Sequence[str], folder: Path = CURVES, *, is_weighted: bool = True) -> list[Table]:
+        """Tables of neighbouring cells, in which the same recorded settings answer for the same settings.
+
+        Raises:
+            ValueError: other settings were recorded for one of them.
+        """
+        tables = [cls.load(name, folder, is_weighted=is_weighted) for name in names]
+        size = min(len(table.curves) for table in tables)
+        tables = [shortened(table, size) for table in tables]
+        for table in tables:
+            recorded = [curve.params for curve in table.curves]
+            if recorded != [curve.params for curve in tables[0].curves] or table.space != tables[0].space:
+                raise ValueError(f"the tables {', '.join(names)} were recorded at different settings")
+            table._grid = tables
+        return tables
 
     @cached_property
     def best(self) -> float:
@@ -149,7 +167,11 @@ class Table:
 
     @cached_property
     def weights(self) -> Array:
-        """Weight of every setting in the distance, 1 on average."""
+        """Weight of every setting in the distance, 1 on average; the same for all tables of a grid."""
+        return np.mean([table._own_weights for table in self._grid], axis=0)
+
+    @cached_property
+    def _own_weights(self) -> Array:
         if not self.is_weighted:
             return np.ones(len(self.space))
         from scipy.stats import rankdata
@@ -193,7 +215,8 @@ def point_of(overrides: Point) -> Point:
 
 def shortened(table: Table, num_curves: int) -> Table:
     """The table of the first curves only."""
-    return Table(table.name, table.run, table.space, table.curves[:num_curves])
+    curves = table.curves[:num_curves]
+    return Table(table.name, table.run, table.space, curves, is_weighted=table.is_weighted)
 
 
 def _encode(domain: Any, point: Point, name: str) -> float:
