@@ -13,6 +13,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from refilled.config import RunConfig
+from tune.cell_study import CellStudy
 from tune.keyed_sampler import KeyedSampler
 from tune.known import MAX_OWN_TRIALS, MAX_SHOWN, expected_value, known
 from tune.samplers import make_sampler
@@ -143,17 +144,49 @@ def _run(searcher: StudySearcher, count: int) -> list[dict[str, object]]:
     return suggestions
 
 
-def test_a_cell_draws_near_what_was_good_for_its_neighbour_from_its_first_draw_on() -> None:
+def _two_cells() -> list[StudyPlan]:
+    """The second one learns from the first."""
     run = RunConfig(method="student", epochs=(0, 1))
     first = StudyPlan(key="first", name="first", run=run, num_trials=12, num_epochs=1)
-    second = StudyPlan(key="second", name="second", run=run, num_trials=12, num_epochs=1, donors=("first",))
-    storage = optuna.storages.InMemoryStorage()
-    suggestions = _run(StudySearcher([first, second], storage, Rules(pruner="none")), 24)
+    return [first, StudyPlan(key="second", name="second", run=run, num_trials=12, num_epochs=1, donors=("first",))]
+
+
+def _searcher(storage: optuna.storages.BaseStorage) -> StudySearcher:
+    return StudySearcher(_two_cells(), storage, Rules(pruner="none"))
+
+
+def test_a_cell_draws_near_what_was_good_for_its_neighbour_from_its_first_draw_on() -> None:
+    suggestions = _run(_searcher(optuna.storages.InMemoryStorage()), 24)
     of_second = [each for each in suggestions if each["cell"] == "second"]
-    origins = [each["origin"] for each in of_second]
-    assert origins == ["default", *["transfer"] * 3, *["sampled"] * 8]
+    assert [each["origin"] for each in of_second] == ["default", *["transfer"] * 3, *["sampled"] * 8]
     rates = [each["overrides"][RATE] for each in of_second[4:]]  # type: ignore[index]
     assert all(abs(math.log(rate / 0.2)) < 0.8 for rate in rates[:3])
-    # A driver that goes on has the same trials of the neighbour, though the neighbour has more by then.
-    study = optuna.load_study(study_name="second", storage=storage)
-    assert study.user_attrs["received"] == {"first": 12}
+
+
+def test_a_driver_that_goes_on_draws_what_the_one_before_would_have_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _run(_searcher(optuna.storages.InMemoryStorage()), 18)[-1]
+    assert (expected["cell"], expected["origin"]) == ("second", "sampled")
+
+    storage = optuna.storages.InMemoryStorage()
+    _run(_searcher(storage), 17)
+    first = optuna.load_study(study_name="first", storage=storage)
+    for known_trial in first.trials[:5]:  # what a neighbour tries after it gave depends on who is faster
+        params = known_trial.params | {RATE: 0.02}
+        first.add_trial(create_trial(value=0.99, params=params, distributions=known_trial.distributions))
+    (resumed,) = _run(_searcher(storage), 1)
+    assert resumed == expected
+
+    # one that died between asking for a trial and drawing its settings
+    storage = optuna.storages.InMemoryStorage()
+    dying = _searcher(storage)
+    _run(dying, 17)
+    with monkeypatch.context() as patch:
+        patch.setattr(CellStudy, "_draw_settings", _die)
+        with pytest.raises(KeyboardInterrupt):
+            dying.suggest("t")
+    (taken_over,) = _run(_searcher(storage), 1)
+    assert taken_over == expected
+
+
+def _die(*arguments: object) -> None:
+    raise KeyboardInterrupt
