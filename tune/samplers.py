@@ -8,11 +8,13 @@ study draw the same point, and a search that is continued draws what it would ha
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
+from threadpoolctl import threadpool_limits
 
 from refilled.config.search import Sampler
 
@@ -43,7 +45,7 @@ def make_sampler(kind: Sampler, *, study_seed: int, trial_seed: int, num_trials:
             return TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=num_random)
     if kind == "gp":
         # It would log a line for every conditional setting: they are drawn independently, as documented above.
-        return GPSampler(seed=seed, n_startup_trials=NUM_RANDOM, warn_independent_sampling=False)
+        return _OneThreadGP(seed=seed, n_startup_trials=NUM_RANDOM, warn_independent_sampling=False)
     if kind == "qmc":
         with warnings.catch_warnings():
             # The sampler is marked experimental since 2022.
@@ -56,6 +58,17 @@ def make_sampler(kind: Sampler, *, study_seed: int, trial_seed: int, num_trials:
                 warn_independent_sampling=False,
             )
     return RandomSampler(seed=seed)
+
+
+class _OneThreadGP(GPSampler):
+    """Computes on one thread: its matrices are small, and threads that wait for each other take cores from trials."""
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """See Optuna."""
+        with threadpool_limits(limits=1):
+            return super().sample_relative(study, trial, search_space)
 
 
 class _FirstTrialQMC(QMCSampler):
