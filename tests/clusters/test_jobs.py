@@ -17,7 +17,7 @@ from processes import working_as
 pytestmark = pytest.mark.ray
 
 SEARCH = (
-    "python tune/search.py smoke --deterministic --overlaps 1 --trials 1 --epochs 8 16 --teacher-epochs 4 --seeds 1 "
+    "python tune/search.py smoke --deterministic --overlaps 1 --trials 1 --epochs 24 48 --teacher-epochs 4 --seeds 1 "
     "--no-forecast --storage"
 )
 PATIENCE_S = 120.0

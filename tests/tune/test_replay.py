@@ -7,7 +7,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from refilled.config import RunConfig
-from tune.space import as_data
+from tune.space import as_data, sample
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from replay.simulation import Contestant, simulate
@@ -242,3 +242,34 @@ def test_our_sampler_needs_fewer_epochs_than_random_search():
         [epochs(strategy, seed) for seed in range(20)] for strategy in (ours(pruner="none"), random_search)
     )
     assert sum(needed) < 0.8 * sum(needed_at_random)
+
+
+def test_in_a_grid_the_same_settings_are_answered_by_the_same_recorded_ones():
+    names = ["digits-0", "digits-1"]
+    grid = Table.load_grid(names)
+    assert [table.name for table in grid] == names
+    drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    points = []
+    for _ in range(40):
+        trial = drawn.ask()
+        sample(trial, grid[0].run)
+        points.append(trial.params)
+    rows = [[table.nearest(each) for each in points] for table in grid]
+    assert rows[0] == rows[1]
+    alone = [[Table.load(name).nearest(each) for each in points] for name in names]
+    assert alone[0] != alone[1]
+    with pytest.raises(ValueError, match="digits-0, digits-student were recorded at different settings"):
+        Table.load_grid(["digits-0", "digits-student"])
+
+
+def test_an_embedding_stage_that_is_gone_on_from_costs_no_epochs():
+    table = Table.load("digits-0.4")
+    outcome = simulate(
+        ours(share_embeddings=True, num_trials=12, pruner="none")([table], 0),
+        {table.name: table},
+        slots=1,
+        is_over=lambda outcome: False,
+    )
+    assert len(outcome.whole) == 12
+    assert outcome.time == outcome.num_epochs < 12 * table.num_epochs
+    assert (12 * table.num_epochs - outcome.num_epochs) % table.run.epochs[0] == 0
