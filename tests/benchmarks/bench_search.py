@@ -19,12 +19,13 @@ import logging
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -32,15 +33,12 @@ import numpy as np
 import optuna
 from machine import machine_line
 from replay.simulation import Outcome, simulate
-from replay.strategies import GROUPS, RANDOM, RAY, Strategy, ours
+from replay.strategies import GROUPS, RANDOM, RAY, ours
 from replay.table import CURVES, Row, Table
 
 NUM_RESAMPLES = 10_000
-GRID: Mapping[str, Callable[[int], Strategy]] = {
-    "ours": lambda trials: ours(num_trials=trials, own_share=min(trials, GRID_SHARE)),
-    "ours, no transfer": lambda trials: ours(num_trials=trials, own_share=min(trials, GRID_SHARE), transfer=False),
-}
-GRID_SHARE = 30  # trials after which a neighbour gives
+GRID: Mapping[str, dict[str, Any]] = {"ours": {}, "ours, no transfer": {"transfer": False}}
+GRID_SHARE = 24  # trials that every cell of a grid gets before its neighbours, and any cell again, get more
 GRID_NAME = "grid"
 
 
@@ -99,8 +97,8 @@ def run_search(search: Search, seed: int, setting: Setting) -> dict[str, Result]
     warnings.filterwarnings("ignore", "Define-by-run function", UserWarning)
     grid = load(search.grid, setting.curves, setting.is_weighted)
     loaded = {each.name: each for each in grid if each.name in search.tables}
-    in_grid = search.group == GRID_NAME
-    strategy = GRID[search.name](setting.cap) if in_grid else GROUPS[search.group][search.name]
+    if search.group == GRID_NAME:
+        return run_grid(GRID[search.name], loaded, seed, setting)
 
     def is_over(outcome: Outcome) -> bool:
         return all(
@@ -112,9 +110,39 @@ def run_search(search: Search, seed: int, setting: Setting) -> dict[str, Result]
     def seconds(table: Table, row: Row) -> float:
         return table.epoch_s[row["stage"]] if setting.in_seconds else 1.0
 
-    contestant = strategy(list(loaded.values()), seed)
+    contestant = GROUPS[search.group][search.name](list(loaded.values()), seed)
     outcome = simulate(contestant, loaded, slots=setting.slots, is_over=is_over, epoch_time=seconds)
     return {each.name: _result(outcome, each, setting) for each in loaded.values()}
+
+
+def run_grid(rules: Mapping[str, Any], tables: Mapping[str, Table], seed: int, setting: Setting) -> dict[str, Result]:
+    """All tables in one search, then each of those whose target was not found in a search that goes on with it.
+
+    What other cells would be given meanwhile changes nothing for it: neighbours give once, after their share.
+    """
+    storage = optuna.storages.InMemoryStorage()
+    together = ours(num_trials=GRID_SHARE, storage=storage, **rules)(list(tables.values()), seed)
+    outcome = simulate(together, tables, slots=setting.slots, is_over=lambda outcome: False)
+    results = {}
+    for name, table in tables.items():
+        results[name] = _result(outcome, table, setting)
+        if results[name].found:
+            continue
+        num_epochs, most = outcome.epochs[name], setting.cap * table.num_epochs
+        alone = ours(num_trials=setting.cap, storage=storage, transfer=False)([table], seed)
+        more = simulate(
+            alone,
+            {name: table},
+            slots=setting.slots,
+            is_over=lambda outcome, table=table, left=most - num_epochs: (  # type: ignore[misc]
+                outcome.first_at(table.name, table.target(setting.share)) is not None or outcome.num_epochs >= left
+            ),
+        )
+        first = more.first_at(name, table.target(setting.share))
+        if first is not None:
+            time = outcome.time + first.time
+            results[name] = Result(num_epochs + first.epochs, time, True, results[name].best)
+    return results
 
 
 def _result(outcome: Outcome, table: Table, setting: Setting) -> Result:
@@ -238,7 +266,7 @@ def main() -> None:
     recorded = sorted(path.name.removesuffix(".json.gz") for path in CURVES.glob("*.json.gz"))
     parser.add_argument("--tables", nargs="+", default=recorded)
     parser.add_argument("--groups", nargs="+", default=["main"], choices=[*GROUPS, GRID_NAME])
-    parser.add_argument("--slots", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--slots", nargs="+", type=int, default=[2])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--share", type=float, default=0.99)
     parser.add_argument("--cap", type=int, default=100)

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SMALL = {"trials": "3", "seeds": "2", "epochs": "3 4", "teacher-epochs": "6", "overlaps": "0 1"}
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def run_command(command: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -28,7 +28,7 @@ def run_command(command: str, *arguments: str, cwd: Path = ROOT) -> subprocess.C
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
         check=False,
     )
 

@@ -8,6 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 from refilled.config import RunConfig
+from tune.pruning import HalvingPruner
 from tune.studies import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage, overrides_of
 
 pytestmark = pytest.mark.ray
@@ -76,7 +77,9 @@ def trials_of(storage, key):
 def test_a_search_fills_every_cell_and_ends_whatever_trials_do(local_ray, tmp_path, storage):
     plans = [make_plan("high", 7), make_plan("low", 7)]
     accidents = {"low 1": "raises", "high 2": "nan", "high 4": "returns", "low 3": "nan"}
-    searcher = StudySearcher(plans, storage, Rules(seed=0))
+    # half goes on, of random trials: a sampler that learns would draw nothing to stop
+    rules = Rules(seed=0, sampler="random", make_pruner=lambda plan, visible: HalvingPruner((4, 5), reduction=2))
+    searcher = StudySearcher(plans, storage, rules)
     results = tune_until_it_ends(searcher, tmp_path, accidents)
 
     fails = {"high": {2, 4}, "low": {1, 3}}

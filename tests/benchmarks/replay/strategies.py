@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, InMemoryStorage
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 from replay.simulation import Contestant, Suggestion
@@ -16,20 +17,20 @@ from replay.table import Point, Table, point_of
 
 from tune.pruning import HalvingPruner, MedianPruner
 from tune.space import sample
-from tune.studies import Budget, Rules, StudyPlan, StudyScheduler, StudySearcher
+from tune.studies import Rules, StudyPlan, StudyScheduler, StudySearcher
 
 METRIC = "val_accuracy"
 Strategy = Callable[[Sequence[Table], int], Contestant]
 """Makes a search of these problems from a seed."""
 
 
-def ours(*, num_trials: int = 1000, own_share: int | None = None, chained: bool = True, **rules: Any) -> Strategy:
+def ours(*, num_trials: int = 1000, chained: bool = True, storage: BaseStorage | None = None, **rules: Any) -> Strategy:
     """The platform's own searcher and scheduler, storage in memory.
 
     Args:
-        num_trials: of every cell, on average.
-        own_share: trials that every cell has before the others go to the least certain ones; none: all.
+        num_trials: of every cell.
         chained: whether every table is a donor to the next one; without effect where the rules say no transfer.
+        storage: of the studies, which go on where they are; none: new ones in memory.
         rules: fields of `tune.studies.Rules`.
     """
 
@@ -46,8 +47,8 @@ def ours(*, num_trials: int = 1000, own_share: int | None = None, chained: bool 
             )
             for index, table in enumerate(tables)
         ]
-        budget = Budget(adaptive_share=0.0 if own_share is None else 1 - own_share / num_trials)
-        searcher = StudySearcher(plans, optuna.storages.InMemoryStorage(), Rules(seed=seed, **rules), budget)
+        where = InMemoryStorage() if storage is None else storage
+        searcher = StudySearcher(plans, where, Rules(seed=seed, **rules))
 
         def read(suggestion: Suggestion) -> tuple[str, Point]:
             return suggestion["cell"], point_of(suggestion["overrides"])
