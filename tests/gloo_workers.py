@@ -48,6 +48,6 @@ def leave_group() -> NoReturn:
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A worker was once aborted ("terminate called without an active exception") and never again in 48 tries; most likely
-    # one of gloo's threads at the interpreter's end, which is left out here.
+    # A worker was once aborted ("terminate called without an active exception"), and never again in 48 tries: most
+    # likely by one of gloo's threads at the interpreter's end, which is left out here.
     os._exit(0)

@@ -27,8 +27,8 @@ from refilled.config.search import Pruner
 
 # Of the trials at a rung one in this many goes on. A sampler that has found where good settings are draws good ones
 # only: there ranks are chance, and stopping every other trial as is usual with halving (a reduction of 2) made searches
-# with a Gaussian process take 1.9 times the epochs (550 recorded runs of the digits, 10 seeds). Whoever is last of four there is
-# seldom the best.
+# with a Gaussian process take 1.9 times the epochs (550 recorded runs of the digits, 10 seeds). Whoever is last of four
+# there is seldom the best.
 REDUCTION = 4 / 3
 HYPERBAND_REDUCTION = 2.0
 # Where trials are judged, as parts of a run. Classical halving begins at an eighth and would train far less, but there
