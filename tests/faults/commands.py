@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from processes import TITLES, belonging, kill, left_over, working_as
+from processes import SHARED_MEMORY, TITLES, abandoned_since, belonging, kill, left_over, working_as
 
 ROOT = Path(__file__).parents[2]
 LONGEST_S = 600.0  # for a command to end that nobody disturbs any more
@@ -33,7 +33,7 @@ class Place:
     def __init__(self) -> None:
         # Sockets' paths have at most 107 characters, and Ray appends many.
         self.folder = Path(tempfile.mkdtemp(prefix="rf-"))
-        self._shared_memory = set(os.listdir("/dev/shm"))
+        self._shared_memory = set(os.listdir(SHARED_MEMORY))
 
     def __enter__(self) -> Self:
         return self
@@ -60,9 +60,9 @@ class Place:
         raise NotImplementedError
 
     def left_over(self, storage: Path) -> list[str]:
-        """Processes that outlived their command, and new files in shared memory."""
+        """Processes that outlived their command, and files that it left in shared memory."""
         found = list((left_over(storage) | left_over(self.folder)).values())
-        return found + sorted(set(os.listdir("/dev/shm")) - self._shared_memory)
+        return found + abandoned_since(self._shared_memory)
 
 
 class LocalPlace(Place):

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+SHARED_MEMORY = "/dev/shm"
 # Ray gives its processes these titles while they work.
 TITLES = {
     "trial": "ray::ImplicitFunc",
@@ -55,3 +56,23 @@ def left_over(folder: Path, wait_s: float = 40.0) -> dict[int, str]:
     while (found := belonging(folder)) and time.monotonic() < deadline:
         time.sleep(0.5)
     return found
+
+
+def mapped_by_living() -> set[str]:
+    """Names of the files below /dev/shm that a living process has in its memory."""
+    found = set()
+    for process in Path("/proc").iterdir():
+        try:
+            maps = (process / "maps").read_text() if process.name.isdigit() else ""
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it ended meanwhile, or is not ours
+        found |= {line.rpartition(f"{SHARED_MEMORY}/")[2] for line in maps.splitlines() if f"{SHARED_MEMORY}/" in line}
+    return found
+
+
+def abandoned_since(before: set[str]) -> list[str]:
+    """Files in shared memory that are new and that no living process uses.
+
+    What a living one uses belongs to other work on this machine: it is asked when all of a command's processes ended.
+    """
+    return sorted(set(os.listdir(SHARED_MEMORY)) - before - mapped_by_living())

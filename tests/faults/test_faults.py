@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import random
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -50,3 +53,17 @@ def test_end_states_that_differ_are_told_apart() -> None:
     lost = state | {"trials": {"cell": []}}
     assert differences(state, state) == []
     assert [len(differences(state, other)) for other in (doubled, running, lost)] == [1, 1, 1]
+
+
+def test_shared_memory_that_another_program_uses_is_not_left_over() -> None:
+    from processes import SHARED_MEMORY, abandoned_since
+
+    before = set(os.listdir(SHARED_MEMORY))
+    with tempfile.NamedTemporaryFile(dir=SHARED_MEMORY, prefix="refilled-test-") as file:
+        file.write(b"1")
+        file.flush()
+        own = Path(file.name).name
+        assert own in abandoned_since(before)
+        with mmap.mmap(file.fileno(), 1):
+            assert own not in abandoned_since(before)
+        assert own not in abandoned_since({*before, own})
