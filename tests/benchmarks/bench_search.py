@@ -15,12 +15,13 @@ others one by one; its last part compares the epochs of all tables together.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import logging
-import statistics
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -29,14 +30,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
 import optuna
 from machine import machine_line
+from replay.report import Result, comparison, describe, rank_correlations
 from replay.simulation import Outcome, simulate
-from replay.strategies import GROUPS, RANDOM, RAY, ours
+from replay.strategies import GROUPS, RANDOM, ours
 from replay.table import CURVES, Row, Table
 
-NUM_RESAMPLES = 10_000
 GRID: Mapping[str, dict[str, Any]] = {"ours": {}, "ours, no transfer": {"transfer": False}}
 GRID_SHARE = 24  # trials that every cell of a grid gets before its neighbours, and any cell again, get more
 GRID_NAME = "grid"
@@ -53,16 +53,6 @@ class Setting:
     in_seconds: bool
     is_weighted: bool
     curves: Path
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one search came to on one table."""
-
-    epochs: int
-    time: float
-    found: bool
-    best: float
 
 
 @lru_cache(maxsize=16)
@@ -153,88 +143,19 @@ def _result(outcome: Outcome, table: Table, setting: Setting) -> Result:
     return Result(first.epochs, first.time, True, best)
 
 
-def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean, by bootstrap."""
-    array = np.asarray(values, dtype=float)
-    chosen = np.random.default_rng(seed).integers(len(array), size=(NUM_RESAMPLES, len(array)))
-    low, high = np.quantile(array[chosen].mean(axis=1), (0.025, 0.975))
-    return float(low), float(high)
-
-
-def ratio_interval(upper: Sequence[float], lower: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the ratio of two means whose values belong together in pairs, by bootstrap over the pairs."""
-    above, below = np.asarray(upper, dtype=float), np.asarray(lower, dtype=float)
-    chosen = np.random.default_rng(seed).integers(len(above), size=(NUM_RESAMPLES, len(above)))
-    low, high = np.quantile(above[chosen].mean(axis=1) / below[chosen].mean(axis=1), (0.025, 0.975))
-    return float(low), float(high)
-
-
-def line(name: str, results: Sequence[Result], reference: Sequence[Result] | None) -> str:
-    """One strategy's row of the printed table."""
-    epochs = [each.epochs for each in results]
-    low, high = interval(epochs)
-    missed = sum(not each.found for each in results)
-    best_low, best_high = interval([each.best for each in results])
-    parts = [
-        f"{name:<36} {statistics.median(epochs):>7.0f} {statistics.mean(epochs):>7.0f} [{low:>5.0f}, {high:>5.0f}]",
-        f"{missed:>6}",
-        f"{statistics.mean(each.time for each in results):>9.1f}",
-        f"{statistics.mean(each.best for each in results):>7.4f} [{best_low:.4f}, {best_high:.4f}]",
-    ]
-    if reference is not None:
-        others = [each.epochs for each in reference]
-        ratio_low, ratio_high = ratio_interval(others, epochs)
-        parts.append(f"{statistics.mean(others) / statistics.mean(epochs):>6.2f} [{ratio_low:.2f}, {ratio_high:.2f}]")
-    return " ".join(parts)
-
-
-HEADER = (
-    f"{'':<36} {'median':>7} {'mean':>7} {'95 %':>14} {'missed':>6} {'time':>9} {'best':>7} {'95 %':>16} "
-    f"{'ratio':>6} {'95 %':>12}"
-)
-
-
-def describe(table: Table, share: float) -> str:
-    """How hard a table is, and how much it can say."""
-    values = [curve.value for curve in table.curves]
-    near = sum(value >= table.target(share) for value in values)
-    return (
-        f"{table.name}: {len(values)} trials of {table.num_epochs} epochs, best {table.best:.4f}, median "
-        f"{statistics.median(values):.4f}, default settings {values[0]:.4f}, {near} reach {share:g} of the best; "
-        f"neighbours agree to {table.agreement():.2f} (rank correlation)"
-    )
-
-
-def rank_correlations(table: Table) -> str:
-    """How well the order of trials after a part of a run says their order at the end: what a pruner has to go by."""
-    from scipy.stats import spearmanr
-
-    whole = [curve for curve in table.curves if len(curve.val_accuracy) == table.num_epochs]
-    values = [curve.value for curve in whole]
-    parts = {part: max(1, round(part * table.num_epochs)) for part in (1 / 8, 1 / 4, 3 / 8, 1 / 2, 2 / 3, 3 / 4, 5 / 6)}
-    found = (
-        f"{epoch}: {spearmanr([curve.val_accuracy[epoch - 1] for curve in whole], values).statistic:.2f}"
-        for epoch in parts.values()
-    )
-    return f"  rank correlation of an epoch's values with the final ones: {', '.join(found)}"
-
-
 def searches(group: str, tables: Sequence[str]) -> list[Search]:
     """What a group compares, random search first."""
     if group == GRID_NAME:
         grid = tuple(tables)
-        alone = [Search("main", name, (each,), grid) for name in (RANDOM, RAY) for each in tables]
+        alone = [Search("main", name, (each,), grid) for name in (RANDOM,) for each in tables]
         return alone + [Search(group, name, grid, grid) for name in GRID]
     reference = [Search("main", RANDOM, (each,), (each,)) for each in tables] if group != "main" else []
     return reference + [Search(group, name, (each,), (each,)) for name in GROUPS[group] for each in tables]
 
 
-def compare(group: str, tables: Sequence[str], seeds: int, setting: Setting, pool: ProcessPoolExecutor) -> None:
+def compare(group: str, tables: Sequence[str], seeds: int, setting: Setting, runner: Runner) -> None:
     """Run a group's searches and print its table."""
-    started = {
-        each: [pool.submit(run_search, each, seed, setting) for seed in range(seeds)]
-        for each in searches(group, tables)
-    }
+    started = {each: [runner.start(each, seed, setting) for seed in range(seeds)] for each in searches(group, tables)}
     found: dict[str, dict[str, list[Result]]] = {}  # by strategy and table
     for each, jobs in started.items():
         results = [job.result() for job in jobs]
@@ -243,21 +164,42 @@ def compare(group: str, tables: Sequence[str], seeds: int, setting: Setting, poo
     print(
         f"\n{group}, {setting.slots} slots, {seeds} seeds, cap {setting.cap} and budget {setting.budget} whole trials"
     )
-    for table in tables:
-        print(f"{table}\n{HEADER}")
-        for name, by_table in found.items():
-            print(line(name, by_table[table], None if name == RANDOM else found[RANDOM][table]))
-    if len(tables) > 1:
-        print("epochs of all tables")
-        sums = {
-            name: [sum(results[seed].epochs for results in by_table.values()) for seed in range(seeds)]
-            for name, by_table in found.items()
-        }
-        for name, epochs in sums.items():
-            low, high = ratio_interval(sums[RANDOM], epochs)
-            ratio = statistics.mean(sums[RANDOM]) / statistics.mean(epochs)
-            print(f"{name:<36} {statistics.mean(epochs):>7.0f} {ratio:>6.2f} [{low:.2f}, {high:.2f}]")
-    sys.stdout.flush()
+    print(comparison(found, RANDOM), flush=True)
+
+
+class Runner:
+    """Runs searches side by side, and writes down what they came to, so that a run that was interrupted goes on.
+
+    Args:
+        pool: where they run.
+        path: of the file with a line a search; none: nothing is kept.
+    """
+
+    def __init__(self, pool: ProcessPoolExecutor, path: Path | None) -> None:
+        self._pool, self._path = pool, path
+        self._kept: dict[str, dict[str, Result]] = {}
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                stored = json.loads(line)
+                self._kept[stored["search"]] = {name: Result(**each) for name, each in stored["results"].items()}
+
+    def start(self, search: Search, seed: int, setting: Setting) -> Future[dict[str, Result]]:
+        """A search's result by table: kept, or to come."""
+        key = f"{search} {seed} {setting}"
+        if key in self._kept:
+            done: Future[dict[str, Result]] = Future()
+            done.set_result(self._kept[key])
+            return done
+        job = self._pool.submit(run_search, search, seed, setting)
+        job.add_done_callback(lambda ended: self._keep(key, ended))
+        return job
+
+    def _keep(self, key: str, job: Future[dict[str, Result]]) -> None:
+        if self._path is None or job.cancelled() or job.exception() is not None:
+            return
+        results = {name: dataclasses.asdict(each) for name, each in job.result().items()}
+        with self._path.open("a", encoding="utf-8") as file:  # one thread of the pool calls back
+            file.write(json.dumps({"search": key, "results": results}) + "\n")
 
 
 def main() -> None:
@@ -275,6 +217,7 @@ def main() -> None:
     parser.add_argument("--unweighted", action="store_true", help="find the nearest settings with equal weights")
     parser.add_argument("--curves", type=Path, default=CURVES)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="file of searches that ended; the same command goes on from it")
     arguments = parser.parse_args()
     print(machine_line(1))
     for name in arguments.tables:
@@ -282,6 +225,7 @@ def main() -> None:
         print(describe(table, arguments.share))
         print(rank_correlations(table), flush=True)
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool:
+        runner = Runner(pool, arguments.keep)
         for group in arguments.groups:
             for slots in arguments.slots:
                 setting = Setting(
@@ -293,7 +237,7 @@ def main() -> None:
                     is_weighted=not arguments.unweighted,
                     curves=arguments.curves,
                 )
-                compare(group, arguments.tables, arguments.seeds, setting, pool)
+                compare(group, arguments.tables, arguments.seeds, setting, runner)
 
 
 if __name__ == "__main__":
