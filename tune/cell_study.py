@@ -32,7 +32,6 @@ from tune.pruning import Visible, make_pruner
 from tune.reuse import EmbeddingChoice
 from tune.samplers import LEARNING, make_sampler
 from tune.space import sample
-from tune.transfer import best_settings, num_given
 
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 MAX_TAKEOVERS = 10  # of a trial that reports nothing in between: it may be what kills its drivers
@@ -133,7 +132,7 @@ class CellStudy:
         return next(iter(ranked(self.trials())), None)
 
     def learn_from(self, donor: CellStudy, *, is_settled: bool) -> None:
-        """Queue a settled neighbour's best settings, once, and let samplers know all that it had tried by then.
+        """Queue a settled neighbour's winner, once, and let samplers know all that it had tried by then.
 
         Settings that were tried here already are not queued. By generations a neighbour that settles after the first
         one is too late.
@@ -145,7 +144,10 @@ class CellStudy:
         if key not in self._received:
             if not is_settled or (self._rules.deterministic and self._generations):
                 return
-            for given in best_settings(trials, num_given(self.plan.num_trials, len(self.plan.donors))):
+            # The winner alone: neighbours agree about what is good, not about what is best, and the sampler learns from
+            # all that they tried. More of their best cost more trials than they saved (replayed digits).
+            given = donor.best()
+            if given is not None:
                 attributes = {"origin": "transfer", "from": key}
                 self.study.enqueue_trial(given.params, user_attrs=attributes, skip_if_exists=True)
             self._received[key] = len(trials)

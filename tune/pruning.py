@@ -142,7 +142,7 @@ class HalvingPruner(RungPruner):
         self,
         rungs: tuple[int, ...],
         *,
-        reduction: float = REDUCTION,
+        reduction: float,
         min_trials: int = MIN_TRIALS,
         visible: Visible | None = None,
     ) -> None:

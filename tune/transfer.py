@@ -1,4 +1,4 @@
-"""Whose best settings a cell tries first: its nearest neighbours' on the grid of overlap x teacher x student."""
+"""Whose winner a cell tries first: its nearest neighbours' on the grid of overlap x teacher x student."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from optuna.trial import FrozenTrial, TrialState
-
-from tune.ledger import ranked
 
 
 class Place(Protocol):
@@ -57,28 +55,6 @@ def donors(cell: Place, earlier: Sequence[Place]) -> tuple[str, ...]:
     if along_networks:
         found.append(min(along_networks, key=lambda each: _distance(each, cell)))
     return tuple(each.name for each in found)
-
-
-MOST_GIVEN = 3
-
-
-def num_given(num_trials: int, num_donors: int) -> int:
-    """How many settings each of a cell's neighbours gives it: at most three, together a third of the cell's trials.
-
-    Neighbours agree about what is good, not about what is best: on recorded runs of the digits the rank correlation of
-    the same settings' values at two overlaps was 0.75 to 0.92, but in none of three pairs was
-    the winner of one within 1 % of the best of the other.
-    """
-    return max(1, min(MOST_GIVEN, num_trials // (3 * max(1, num_donors))))
-
-
-def best_settings(trials: Sequence[FrozenTrial], most: int) -> list[FrozenTrial]:
-    """The best complete trials of different settings, best first."""
-    found: list[FrozenTrial] = []
-    for trial in ranked(trials):
-        if len(found) < most and all(trial.params != other.params for other in found):
-            found.append(trial)
-    return found
 
 
 def _distance(one: Place, other: Place) -> float:

@@ -153,16 +153,17 @@ def searches(group: str, tables: Sequence[str]) -> list[Search]:
     return reference + [Search(group, name, (each,), (each,)) for name in GROUPS[group] for each in tables]
 
 
-def compare(group: str, tables: Sequence[str], seeds: int, setting: Setting, runner: Runner) -> None:
+def compare(group: str, tables: Sequence[str], seeds: Sequence[int], setting: Setting, runner: Runner) -> None:
     """Run a group's searches and print its table."""
-    started = {each: [runner.start(each, seed, setting) for seed in range(seeds)] for each in searches(group, tables)}
+    started = {each: [runner.start(each, seed, setting) for seed in seeds] for each in searches(group, tables)}
     found: dict[str, dict[str, list[Result]]] = {}  # by strategy and table
     for each, jobs in started.items():
         results = [job.result() for job in jobs]
         for table in each.tables:
             found.setdefault(each.name, {})[table] = [result[table] for result in results]
     print(
-        f"\n{group}, {setting.slots} slots, {seeds} seeds, cap {setting.cap} and budget {setting.budget} whole trials"
+        f"\n{group}, {setting.slots} slots, {len(seeds)} seeds from {seeds[0]} on, cap {setting.cap} and budget "
+        f"{setting.budget} whole trials"
     )
     print(comparison(found, RANDOM), flush=True)
 
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", default=["main"], choices=[*GROUPS, GRID_NAME])
     parser.add_argument("--slots", nargs="+", type=int, default=[2])
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first-seed", type=int, default=0, help="seeds that no choice was made on are fresh")
     parser.add_argument("--share", type=float, default=0.99)
     parser.add_argument("--cap", type=int, default=100)
     parser.add_argument("--budget", type=int, default=16)
@@ -219,6 +221,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="file of searches that ended; the same command goes on from it")
     arguments = parser.parse_args()
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     print(machine_line(1))
     for name in arguments.tables:
         (table,) = load((name,), arguments.curves, not arguments.unweighted)
@@ -237,7 +240,7 @@ def main() -> None:
                     is_weighted=not arguments.unweighted,
                     curves=arguments.curves,
                 )
-                compare(group, arguments.tables, arguments.seeds, setting, runner)
+                compare(group, arguments.tables, seeds, setting, runner)
 
 
 if __name__ == "__main__":

@@ -158,8 +158,11 @@ def _searcher(storage: optuna.storages.BaseStorage) -> StudySearcher:
 def test_a_cell_draws_near_what_was_good_for_its_neighbour_from_its_first_draw_on() -> None:
     suggestions = _run(_searcher(optuna.storages.InMemoryStorage()), 24)
     of_second = [each for each in suggestions if each["cell"] == "second"]
-    assert [each["origin"] for each in of_second] == ["default", *["transfer"] * 3, *["sampled"] * 8]
-    rates = [each["overrides"][RATE] for each in of_second[4:]]  # type: ignore[index]
+    assert [each["origin"] for each in of_second] == ["default", "transfer", *["sampled"] * 10]
+    of_first = [each["overrides"] for each in suggestions if each["cell"] == "first"]
+    winner = min(of_first, key=lambda each: abs(math.log(each[RATE] / 0.2)))  # type: ignore[index]
+    assert of_second[1]["overrides"] == winner
+    rates = [each["overrides"][RATE] for each in of_second[2:]]  # type: ignore[index]
     assert all(abs(math.log(rate / 0.2)) < 0.8 for rate in rates[:3])
 
 

@@ -9,6 +9,7 @@ from tune.pruning import (
     HalvingPruner,
     HyperbandPruner,
     MedianPruner,
+    RungPruner,
     halving_rungs,
     make_pruner,
     median_rungs,
@@ -198,3 +199,12 @@ def test_the_median_stops_what_is_below_it():
     assert study.run({2: 0.19})
     assert not study.run({2: 0.2})  # the median of four is 0.195
     assert not study.run({2: 0.2})  # and of five 0.2
+
+
+@pytest.mark.parametrize(("kind", "going_on"), [("halving", 3), ("hyperband", 2)])
+def test_of_four_trials_a_pruner_made_by_name_keeps_its_own_share(kind, going_on):
+    pruner = make_pruner(kind, 12)
+    assert isinstance(pruner, RungPruner)
+    values = [0.4, 0.3, 0.2, 0.1]
+    kept = [value for value in values if not pruner.is_beaten(value, [other for other in values if other != value])]
+    assert kept == values[:going_on]

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import optuna
 import pytest
 
-from tune.transfer import best_settings, brought, donors, num_given
+from tune.transfer import brought, donors
 
 
 @dataclass(frozen=True)
@@ -70,30 +70,3 @@ def test_what_was_brought_is_read_from_the_trials(trials, expected):
     study = study_with(*trials)
     found = brought(study.trials, study.best_trial)
     assert (found.sources, found.default_value, found.value, found.won, found.gain) == expected
-
-
-def test_the_best_different_settings_are_given_and_only_of_whole_trials():
-    study = optuna.create_study(direction="maximize")
-    distribution = optuna.distributions.FloatDistribution(0, 1)
-    states = optuna.trial.TrialState
-    for x, value, state in [
-        (0.1, 0.5, states.COMPLETE),
-        (0.2, 0.9, states.COMPLETE),
-        (0.2, 0.8, states.COMPLETE),
-        (0.3, None, states.PRUNED),
-        (0.4, 0.9, states.COMPLETE),
-        (0.5, 0.7, states.COMPLETE),
-        (0.6, None, states.FAIL),
-    ]:
-        study.add_trial(
-            optuna.trial.create_trial(state=state, value=value, params={"x": x}, distributions={"x": distribution})
-        )
-    assert [trial.number for trial in best_settings(study.trials, 3)] == [1, 4, 5]
-    assert [trial.number for trial in best_settings(study.trials, 9)] == [1, 4, 5, 0]
-
-
-@pytest.mark.parametrize(
-    ("num_trials", "num_donors", "expected"), [(1, 1, 1), (3, 2, 1), (8, 1, 2), (12, 2, 2), (16, 1, 3), (100, 2, 3)]
-)
-def test_neighbours_get_a_third_of_the_trials_at_most(num_trials, num_donors, expected):
-    assert num_given(num_trials, num_donors) == expected
