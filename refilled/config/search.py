@@ -42,7 +42,7 @@ class SearchConfig(Config):
     pruner: Pruner = "halving"
     """Who stops trials early, within their cell: halving (asynchronous), hyperband, median or none."""
     transfer: bool = True
-    """Let a cell begin with the best settings of its neighbours, nearest overlap and nearest architectures, and let its
+    """Let a cell begin with the winners of its neighbours, nearest overlap and nearest architectures, and let its
     sampler know what they tried."""
     share_embeddings: bool = False
     """Let trials go on from a finished embedding stage of another one, with classifier settings of their own."""
