@@ -124,6 +124,7 @@ def run_grid(rules: Mapping[str, Any], tables: Mapping[str, Table], seed: int, s
             alone,
             {name: table},
             slots=setting.slots,
+            answers=outcome.answers,
             is_over=lambda outcome, table=table, left=most - num_epochs: (  # type: ignore[misc]
                 outcome.first_at(table.name, table.target(setting.share)) is not None or outcome.num_epochs >= left
             ),

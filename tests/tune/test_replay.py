@@ -12,7 +12,7 @@ from tune.space import as_data, sample
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from replay.simulation import Contestant, simulate
 from replay.strategies import EARLY, ours, random_search, ray_default
-from replay.table import Curve, Table, point_of
+from replay.table import Answers, Curve, Table, point_of
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 RUN = RunConfig(method="student", epochs=(0, 4))
@@ -166,7 +166,21 @@ def test_a_simulation_stops_when_it_is_told_to():
 def test_the_nearest_settings_answer():
     table = tiny()
     assert [table.nearest(point(rate)) for rate in (0.01, 0.04, 0.05, 0.19, 0.21, 0.5)] == [0, 0, 1, 1, 2, 2]
-    assert table.nearest(point(0.02), without=0) == 1
+    assert table.nearest(point(0.02), without=(0,)) == 1
+
+
+def test_every_recorded_trial_answers_once_before_one_answers_again():
+    answers, curves = Answers(tiny()), tiny().curves
+    asked = (0.01, 0.02, 0.01, 0.03, 0.03, 0.05, 0.01)
+    assert [answers.curve(point(rate)) for rate in asked] == [curves[index] for index in (0, 1, 0, 2, 2, 1, 0)]
+
+
+def test_a_continued_search_does_not_get_what_it_got_before():
+    first = run(listed([0.1]))
+    assert [each.value for each in first.whole] == [0.7]
+    assert [each.value for each in run(listed([0.12])).whole] == [0.7]
+    continued = run(listed([0.12]), answers=first.answers)
+    assert (continued.whole, continued.failed) == ([], 1)
 
 
 def test_settings_of_another_kind_count_nothing_and_the_kind_itself_counts_one():

@@ -23,7 +23,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
-from replay.table import Point, Row, Table
+from replay.table import Answers, Point, Row, Table
 
 Suggestion = Mapping[str, Any]
 
@@ -62,6 +62,8 @@ class Outcome:
     failed: int = 0
     time: float = 0.0
     """When the last row came: epochs or seconds, as the simulation's `epoch_time` says."""
+    answers: dict[str, Answers] = field(default_factory=dict)
+    """By table."""
 
     @property
     def num_epochs(self) -> int:
@@ -92,6 +94,7 @@ def simulate(
     slots: int,
     is_over: Callable[[Outcome], bool],
     epoch_time: Callable[[Table, Row], float] = lambda table, row: 1.0,
+    answers: Mapping[str, Answers] | None = None,
 ) -> Outcome:
     """Run a search until its searcher has no more or `is_over` says so.
 
@@ -101,8 +104,10 @@ def simulate(
         slots: trials side by side.
         is_over: asked after every row.
         epoch_time: how long an epoch takes; the unit is the caller's.
+        answers: of a search that this one continues; none: nothing has answered yet.
     """
     run = _Simulation(contestant, tables, slots, epoch_time)
+    run.outcome.answers |= answers or {name: Answers(table) for name, table in tables.items()}
     run.fill()
     while run.events:
         run.step()
@@ -137,7 +142,7 @@ class _Simulation:
             self._num_started += 1
             name, point = self._contestant.read(suggestion)
             table = self._tables[name]
-            rows = table.curves[table.nearest(point)].rows(table.num_epochs)
+            rows = self.outcome.answers[name].curve(point).rows(table.num_epochs)
             if suggestion.get("origin") == "reuse":
                 rows = [row | {"shared": row["stage"] == "embedding"} for row in rows]
             # A stub is a whole Trial but for its trainable, which only Ray's processes would need.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -141,20 +141,19 @@ class Table:
                 found.setdefault(stage, []).append(seconds)
         return {stage: float(np.median(each)) for stage, each in found.items()}
 
-    def nearest(self, point: Point, *, without: int | None = None) -> int:
+    def nearest(self, point: Point, *, without: Collection[int] = ()) -> int:
         """Position of the nearest recorded settings.
 
         Args:
             point: Optuna's parameters of a trial.
-            without: a position that may not answer.
+            without: positions that may not answer.
         """
         encoded = self._encode(point)
         both = self._known & ~np.isnan(encoded)
         difference = np.where(both, self._encoded - np.nan_to_num(encoded), 0.0)
         squares = np.where(self._is_choice, difference != 0, difference**2)
         distances = squares @ self.weights
-        if without is not None:
-            distances[without] = math.inf
+        distances[list(without)] = math.inf
         return int(np.argmin(distances))
 
     def agreement(self) -> float:
@@ -162,7 +161,7 @@ class Table:
         from scipy.stats import spearmanr
 
         values = np.array([curve.value for curve in self.curves])
-        nearest = [self.nearest(curve.params, without=index) for index, curve in enumerate(self.curves)]
+        nearest = [self.nearest(curve.params, without=(index,)) for index, curve in enumerate(self.curves)]
         return float(spearmanr(values, values[nearest]).statistic)
 
     @cached_property
@@ -200,6 +199,30 @@ class Table:
     def _encode(self, point: Point) -> Array:
         """One number a setting of the space, NaN where the point does not have it."""
         return np.array([_encode(entry["domain"], point, entry["name"]) for entry in self.space])
+
+
+class Answers:
+    """Which recorded trials answer in one search of a table: every one once, then all of them once more.
+
+    Training again at almost the same settings gives another value, by about as much as good settings differ. If the
+    nearest recorded trial always answered, a search that stays where settings are good would get the same few values
+    for ever. The same settings get the same answer.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._by_point: dict[frozenset[tuple[str, Any]], int] = {}
+        self._taken: set[int] = set()
+
+    def curve(self, point: Point) -> Curve:
+        """Of the nearest settings that have not answered yet."""
+        key = frozenset(point.items())
+        if key not in self._by_point:
+            if len(self._taken) == len(self._table.curves):
+                self._taken.clear()
+            self._by_point[key] = self._table.nearest(point, without=self._taken)
+            self._taken.add(self._by_point[key])
+        return self._table.curves[self._by_point[key]]
 
 
 def point_of(overrides: Point) -> Point:
