@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 N ?= 50
+# Most tests wait for other processes. Files stay whole and in their order: tests share what their file has set up.
+JOBS ?= 2
 
 .PHONY: search test lint types report faults
 
@@ -13,7 +15,7 @@ search: $(READY)
 	$(BIN)/python tune/search.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
