@@ -220,7 +220,11 @@ def main() -> None:
     parser.add_argument("--unweighted", action="store_true", help="find the nearest settings with equal weights")
     parser.add_argument("--curves", type=Path, default=CURVES)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--keep", type=Path, help="file of searches that ended; the same command goes on from it")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="file of searches that ended; the same command goes on from it (remove it when code changed)",
+    )
     arguments = parser.parse_args()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     print(machine_line(1))
