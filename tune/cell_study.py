@@ -145,7 +145,7 @@ class CellStudy:
             if not is_settled or (self._rules.deterministic and self._generations):
                 return
             # The winner alone: neighbours agree about what is good, not about what is best, and the sampler learns from
-            # all that they tried. More of their best cost more trials than they saved (replayed digits).
+            # all that they tried. Three of their best needed more trials than one in replay, if within noise.
             given = donor.best()
             if given is not None:
                 attributes = {"origin": "transfer", "from": key}

@@ -148,7 +148,7 @@ def searches(group: str, tables: Sequence[str]) -> list[Search]:
     """What a group compares, random search first."""
     if group == GRID_NAME:
         grid = tuple(tables)
-        alone = [Search("main", name, (each,), grid) for name in (RANDOM,) for each in tables]
+        alone = [Search("main", RANDOM, (each,), grid) for each in tables]
         return alone + [Search(group, name, grid, grid) for name in GRID]
     reference = [Search("main", RANDOM, (each,), (each,)) for each in tables] if group != "main" else []
     return reference + [Search(group, name, (each,), (each,)) for name in GROUPS[group] for each in tables]
