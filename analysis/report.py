@@ -20,7 +20,7 @@ from analysis.summary import summarise
 from analysis.tables import document, overlap_table, plain_text
 from refilled.command import new_app, run_app
 from refilled.errors import UserError
-from tune.tracking_store import resolve_tracking_uri
+from tune.tracking.store import resolve_tracking_uri
 
 if TYPE_CHECKING:
     import pandas as pd

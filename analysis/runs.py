@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from refilled.errors import UserError
-from tune.tracking_store import open_store, shown_uri, unusable_store
+from tune.tracking.store import open_store, shown_uri, unusable_store
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,20 +6,21 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from refilled import distributed, mirror
-from refilled.bank import bank_for
-from refilled.carrier import FolderCarrier
-from refilled.compute import Compute
+from refilled import distributed
 from refilled.config import RunConfig
-from refilled.data.task import Task, load_task, load_test_images
+from refilled.embedding_cache.bank import bank_for
 from refilled.errors import UserError
-from refilled.evaluation import accuracy
 from refilled.methods import needs_teacher
-from refilled.run_folder import Row, RunFolder, run_key
 from refilled.shared_stage import SharedStage, embedding_key, embeddings_of, has_embedding_stage
-from refilled.store import only_here, read_json, write_json
+from refilled.storage import mirror
+from refilled.storage.run_folder import Row, RunFolder, run_key
+from refilled.storage.store import only_here, read_json, write_json
+from refilled.tasks.classification import Task, load_task, load_test_images
 from refilled.teacher import FrozenTeacher, load_model, pretrain_once
-from refilled.training import run
+from refilled.training.carrier import FolderCarrier
+from refilled.training.compute import Compute
+from refilled.training.evaluation import accuracy
+from refilled.training.loop import run
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def execute(
             for others where it is trained here. Rows that were taken over have `shared`: true; nothing else differs.
 
     Returns:
-        The last row (see `refilled.training.run`).
+        The last row (see `refilled.training.loop.run`).
     """
     task = load_task(config, cache_of(storage))
     folder = RunFolder(storage / "runs" / run_key(config, task.spaces, task.data_digest))

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 
-from refilled import training
-from refilled.compute import Compute
 from refilled.config import RunConfig
 from refilled.data.batches import epoch_batches
 from refilled.data.images import make_image_set
-from refilled.data.task import Task
 from refilled.keyed import derive_seed, keyed_permutation
 from refilled.methods import StageName, stages_of
 from refilled.models import Model
-from refilled.optim import build_optimizer
+from refilled.tasks.classification import Task
 from refilled.teacher import FrozenTeacher
+from refilled.training import loop as training
+from refilled.training.compute import Compute
+from refilled.training.optim import build_optimizer
 
 
 class Steps:
-    """One stage's steps, those of `refilled.training`, on one batch an epoch.
+    """One stage's steps, those of `refilled.training.loop`, on one batch an epoch.
 
     Attributes:
         student: as the steps leave it.

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refilled import distributed, mirror
+from refilled import distributed
 from refilled.config import METHODS_WITH_EMBEDDING_STAGE, ClassifierConfig, RunConfig
 from refilled.data.label_space import LabelSpaces
 from refilled.errors import UserError
-from refilled.run_folder import Row, RunFolder, run_key
-from refilled.store import only_here, read_json, write_json
-from refilled.tensor_file import load_tensors, save_tensors
+from refilled.storage import mirror
+from refilled.storage.run_folder import Row, RunFolder, run_key
+from refilled.storage.store import only_here, read_json, write_json
+from refilled.storage.tensor_file import load_tensors, save_tensors
 
 # What stage embedding does not read, and what stands for it. Everything else is taken to determine the stage, but for
 # what no run's numbers depend on (see `run_key`). Of `epochs` stage classifier's number is left out beside these: a

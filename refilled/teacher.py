@@ -15,21 +15,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from refilled import distributed, mirror
-from refilled.carrier import FolderCarrier
-from refilled.compute import Compute
+from refilled import distributed
 from refilled.config import ClassifierConfig, RunConfig, content_hash
-from refilled.data.task import Task, load_task
 from refilled.errors import UserError
-from refilled.evaluation import class_means
 from refilled.methods import TeacherSignal
 from refilled.models import Model, build_model
-from refilled.run_folder import RunFolder, run_key
-from refilled.store import only_here
-from refilled.tensor_file import load_tensors, save_tensors
+from refilled.storage import mirror
+from refilled.storage.run_folder import RunFolder, run_key
+from refilled.storage.store import only_here
+from refilled.storage.tensor_file import load_tensors, save_tensors
+from refilled.tasks.classification import Task, load_task
+from refilled.training.carrier import FolderCarrier
+from refilled.training.compute import Compute
+from refilled.training.evaluation import class_means
 
 if TYPE_CHECKING:
-    from refilled.bank import Bank  # which asks the teacher
+    from refilled.embedding_cache.bank import Bank  # which asks the teacher
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def teacher_folder(config: RunConfig, storage: Path) -> RunFolder:
 
 def pretrain_once(config: RunConfig, storage: Path, compute: Compute) -> RunFolder:
     """The folder of the finished teacher, trained here unless it exists or others are at it."""
-    from refilled.training import run  # a teacher is a run, and a run may need a teacher
+    from refilled.training.loop import run  # a teacher is a run, and a run may need a teacher
 
     folder = teacher_folder(config, storage)
     if distributed.agree(folder.result() is not None):

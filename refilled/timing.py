@@ -1,6 +1,6 @@
 """What a run's parts take: a few real steps of every kind, timed, from which the length of a search can be told.
 
-Steps and validations are those of `refilled.training`, on real images. Only the teacher is another: a network of its
+Steps and validations are those of `training.loop`, on real images. Only the teacher is another: a network of its
 architecture that has not been trained, which takes as long.
 """
 
@@ -19,21 +19,21 @@ from pathlib import Path
 
 import torch
 
-from refilled.bank import bank_for
-from refilled.bank_site import BATCH_SIZE
-from refilled.carrier import FolderCarrier
-from refilled.compute import Compute
 from refilled.config import BankConfig, RunConfig
-from refilled.data.task import Task, load_task
 from refilled.data.views import Views
-from refilled.evaluation import EVALUATION_BATCH_SIZE, accuracy, nearest_mean_accuracy
+from refilled.embedding_cache.bank import bank_for
+from refilled.embedding_cache.site import BATCH_SIZE
 from refilled.keyed import derive_seed
 from refilled.methods import StageName, needs_teacher, stages_of
 from refilled.models import build_model
 from refilled.rehearsal import Steps, some_of
-from refilled.run_folder import RunFolder
+from refilled.storage.run_folder import RunFolder
+from refilled.storage.tensor_file import save_tensors
+from refilled.tasks.classification import Task, load_task
 from refilled.teacher import FrozenTeacher, load_model, model_state, pretraining_run
-from refilled.tensor_file import save_tensors
+from refilled.training.carrier import FolderCarrier
+from refilled.training.compute import Compute
+from refilled.training.evaluation import EVALUATION_BATCH_SIZE, accuracy, nearest_mean_accuracy
 
 # What takes less than a block is repeated to fill one: a processor that others use too stops a step now and then, which
 # adds up over a run but which the median of single steps would not see.

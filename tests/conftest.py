@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from refilled.compute import Compute
 from refilled.config import RunConfig
 from refilled.presets import smoke
+from refilled.training.compute import Compute
 
 
 @pytest.fixture(scope="session", autouse=True)

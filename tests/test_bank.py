@@ -17,19 +17,19 @@ import torch
 import torch.distributed as dist
 from gloo_workers import leave_group
 
-from refilled.bank import Bank, bank_for
-from refilled.bank_site import bank_pays, epochs_with_teacher
-from refilled.bank_store import META, ROWS, USED, partial_of
-from refilled.compute import Compute
 from refilled.config import BankConfig, RunConfig
-from refilled.data.task import Task, load_task
 from refilled.data.views import Views
+from refilled.embedding_cache.bank import Bank, bank_for
+from refilled.embedding_cache.rows import META, ROWS, USED, partial_of
+from refilled.embedding_cache.site import bank_pays, epochs_with_teacher
 from refilled.errors import UserError
 from refilled.execution import cache_of, execute, run_folder
-from refilled.run_folder import run_key
-from refilled.store import only_here
+from refilled.storage.run_folder import run_key
+from refilled.storage.store import only_here
+from refilled.storage.tensor_file import load_tensors, save_tensors
+from refilled.tasks.classification import Task, load_task
 from refilled.teacher import FrozenTeacher, pretrain_once, teacher_folder
-from refilled.tensor_file import load_tensors, save_tensors
+from refilled.training.compute import Compute
 
 BANK = {"bank.mode": "bank", "teacher_epochs": 2, "epochs": (2, 2)}
 TIMES = ("images_per_second", "epoch_s")
@@ -163,7 +163,7 @@ def test_distillation_from_the_teachers_own_head_takes_embeddings_from_the_bank(
 def test_later_runs_open_the_bank_and_do_not_build_it(
     digits_run: RunConfig, place: Path, compute: Compute, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "refilled.bank_site")
+    caplog.set_level(logging.INFO, "refilled.embedding_cache.site")
     at = bench(digits_run, place)
     execute(at.config, place, compute)
     assert re.findall(r"Bank \w{16} is built: 0\.\d+ GiB in \d", caplog.text)
@@ -284,7 +284,7 @@ def test_epochs_that_ask_the_teacher(digits_run: RunConfig) -> None:
 def test_auto_builds_what_pays_uses_what_is_there_and_says_why(
     digits_run: RunConfig, place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "refilled.bank_site")
+    caplog.set_level(logging.INFO, "refilled.embedding_cache.site")
     at = bench(digits_run, place, bank__mode="auto", epochs=(2, 2))
     assert at.bank(num_sharing_runs=2) is None
     assert finished(place) == []
@@ -304,7 +304,7 @@ def test_auto_builds_what_pays_uses_what_is_there_and_says_why(
 def test_auto_goes_on_without_a_bank_that_others_are_building(
     digits_run: RunConfig, place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "refilled.bank_site")
+    caplog.set_level(logging.INFO, "refilled.embedding_cache.site")
     at = bench(digits_run, place, bank__mode="auto")
     assert at.bank(9) is not None
     path = at.folder
@@ -319,7 +319,7 @@ def test_auto_goes_on_without_a_bank_that_others_are_building(
 
 def test_bank_larger_than_all_may_be(digits_run: RunConfig, place: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The size that the sentence asks for is enough."""
-    caplog.set_level(logging.INFO, "refilled.bank_site")
+    caplog.set_level(logging.INFO, "refilled.embedding_cache.site")
     with pytest.raises(UserError, match=r"bank.max_gib must be at least 0.002 for 544 images x 9 views x 128") as error:
         bench(digits_run, place, bank__max_gib=1e-4).bank()
     at = bench(digits_run, place, bank__max_gib=1e-4, bank__mode="auto")

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from refilled.bank_store import DamagedError
-from refilled.bank_store import _meta as read_meta
 from refilled.config import Config, RunConfig, SearchConfig
+from refilled.embedding_cache.rows import DamagedError
+from refilled.embedding_cache.rows import _meta as read_meta
 from refilled.errors import UserError
 
 _spec = importlib.util.spec_from_file_location("damage", Path(__file__).parent / "faults" / "damage.py")

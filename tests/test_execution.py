@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import refilled
-from refilled.compute import Compute
 from refilled.config import RunConfig
-from refilled.data.task import load_task, load_test_images
 from refilled.errors import UserError
-from refilled.evaluation import accuracy, class_means, first_of_each_class, nearest_mean_accuracy
 from refilled.execution import cache_of, execute, refit, run_folder
+from refilled.storage.tensor_file import load_tensors, save_tensors
+from refilled.tasks.classification import load_task, load_test_images
 from refilled.teacher import load_model
-from refilled.tensor_file import load_tensors, save_tensors
+from refilled.training.compute import Compute
+from refilled.training.evaluation import accuracy, class_means, first_of_each_class, nearest_mean_accuracy
 
 
 def test_refit_trains_on_all_images_and_reads_the_test_set_once(
@@ -71,7 +71,7 @@ def test_only_the_refit_can_reach_test_images() -> None:
     assert callers["refit"] == {"worker.work"}
     returns = [
         node
-        for node in ast.walk(ast.parse((root / "refilled/data/task.py").read_text()))
+        for node in ast.walk(ast.parse((root / "refilled/tasks/classification.py").read_text()))
         if isinstance(node, ast.FunctionDef) and node.name == "verify_test_images"
     ]
     assert not any(isinstance(node, ast.Return) for node in ast.walk(returns[0]))  # it gives nothing back

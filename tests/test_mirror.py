@@ -15,16 +15,16 @@ import pytest
 import torch
 from object_store import ObjectStore
 
-from refilled import mirror
-from refilled.bank_store import ROWS
-from refilled.compute import Compute
 from refilled.config import RunConfig
+from refilled.embedding_cache.rows import ROWS
 from refilled.errors import UserError
 from refilled.execution import execute, refit, run_folder
-from refilled.mirror import open_storage
-from refilled.store import append_bytes, read_json, write_bytes, write_json
+from refilled.storage import mirror
+from refilled.storage.mirror import open_storage
+from refilled.storage.store import append_bytes, read_json, write_bytes, write_json
+from refilled.storage.tensor_file import load_tensors
 from refilled.teacher import pretrain_once, teacher_folder
-from refilled.tensor_file import load_tensors
+from refilled.training.compute import Compute
 
 
 class Stopped(Exception):  # noqa: N818  # not an error

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from refilled.config import OptimizerConfig, ScheduleConfig
-from refilled.optim import build_optimizer, learning_rate, set_learning_rate
+from refilled.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 
 def test_step_decays_at_its_milestones() -> None:

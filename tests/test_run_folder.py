@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from refilled.compute import Compute
 from refilled.config import RunConfig
 from refilled.errors import UserError, storage_full
 from refilled.execution import execute, refit, run_folder
-from refilled.run_folder import RunFolder
-from refilled.store import read_json
+from refilled.storage.run_folder import RunFolder
+from refilled.storage.store import read_json
+from refilled.storage.tensor_file import load_tensors, save_tensors
 from refilled.teacher import teacher_folder
-from refilled.tensor_file import load_tensors, save_tensors
+from refilled.training.compute import Compute
 
 _spec = importlib.util.spec_from_file_location("damage", Path(__file__).parent / "faults" / "damage.py")
 assert _spec is not None
@@ -281,7 +281,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from refilled.command import exit_code
-from refilled.compute import Compute
+from refilled.training.compute import Compute
 from refilled.config import RunConfig
 from refilled.execution import execute
 import json
@@ -325,8 +325,8 @@ import resource, signal, sys
 from pathlib import Path
 import pytest, torch
 from refilled.errors import StorageFullError
-from refilled.store import append_bytes, write_bytes
-from refilled.tensor_file import save_tensors
+from refilled.storage.store import append_bytes, write_bytes
+from refilled.storage.tensor_file import save_tensors
 
 folder = Path(sys.argv[1])
 path = folder / "file"

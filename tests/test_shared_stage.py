@@ -18,16 +18,16 @@ import torch.multiprocessing as mp
 from gloo_workers import run_workers
 from PIL import Image
 
-from refilled.compute import Compute
 from refilled.config import METHODS_WITH_EMBEDDING_STAGE, RunConfig
-from refilled.data.task import load_task
 from refilled.execution import cache_of, execute, refit, run_folder
 from refilled.models import build_model
 from refilled.presets import smoke
-from refilled.run_folder import RunFolder
 from refilled.shared_stage import SharedStage, determines_embedding, embedding_key, embeddings_of
-from refilled.store import only_here, write_json
-from refilled.tensor_file import load_tensors
+from refilled.storage.run_folder import RunFolder
+from refilled.storage.store import only_here, write_json
+from refilled.storage.tensor_file import load_tensors
+from refilled.tasks.classification import load_task
+from refilled.training.compute import Compute
 
 NOT_TRAINED_ALIKE = ("images_per_second", "epoch_s", "shared")
 OTHER = {

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from refilled import rehearsal, timing, training
-from refilled.compute import Compute
+from refilled import rehearsal, timing
 from refilled.config import RunConfig
-from refilled.data.task import load_task
 from refilled.rehearsal import Steps, some_of
+from refilled.tasks.classification import load_task
 from refilled.timing import StepTimes, measure
+from refilled.training import loop as training
+from refilled.training.compute import Compute
 
 
 def measured(run: RunConfig, storage: Path, compute: Compute) -> StepTimes:

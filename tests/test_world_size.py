@@ -11,12 +11,13 @@ import torch
 from gloo_workers import run_workers
 from torch import Tensor, nn
 
-from refilled import distributed, training
-from refilled.compute import Compute
+from refilled import distributed
 from refilled.config import RunConfig
-from refilled.data.task import load_task
 from refilled.execution import cache_of, execute, run_folder
 from refilled.presets import smoke
+from refilled.tasks.classification import load_task
+from refilled.training import loop as training
+from refilled.training.compute import Compute
 
 FLOAT64 = Compute(torch.device("cpu"), "float64")
 TOLERANCE = {"rel": 1e-9, "abs": 1e-12}

@@ -13,17 +13,17 @@ import refilled
 from refilled.config import RunConfig, SearchConfig, content_hash
 from refilled.data.label_space import NAMED_ORDERS, LabelSpaces
 from refilled.data.sources import validate_source
-from refilled.data.task import load_task, verify_test_images
 from refilled.errors import UserError
 from refilled.execution import cache_of
 from refilled.methods import num_epochs_of
-from refilled.mirror import open_storage
 from refilled.models import validate_model_name
-from refilled.run_folder import run_key
-from refilled.store import require_writable
-from tune.ledger import StudyPlan
-from tune.space import as_data
-from tune.transfer import donors
+from refilled.storage.mirror import open_storage
+from refilled.storage.run_folder import run_key
+from refilled.storage.store import require_writable
+from refilled.tasks.classification import load_task, verify_test_images
+from tune.studies.space import as_data
+from tune.studies.study_store import StudyPlan
+from tune.studies.warm_start import donors
 
 Role = Literal["method", "baseline"]
 NO_TEACHER = "none"

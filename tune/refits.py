@@ -10,14 +10,14 @@ from optuna.trial import FrozenTrial
 
 from refilled.config import RunConfig
 from refilled.methods import needs_teacher
-from refilled.store import read_json
-from tune.cluster import Resources
-from tune.jobs import JobSpec, run_jobs
+from refilled.storage.store import read_json
+from tune.backend.cluster import Resources
+from tune.backend.jobs import JobSpec, run_jobs
 from tune.plan import Cell, Plan
 from tune.progress import Progress
-from tune.recording import Recorder
-from tune.studies import overrides_of
+from tune.studies.searcher import overrides_of
 from tune.summary import CellResult, Refits
+from tune.tracking.recorder import Recorder
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from rich.console import Console
 
 from refilled.config import SearchConfig
 from refilled.errors import UserError
-from refilled.mirror import is_mirrored, location_of
 from refilled.presets import preset
-from refilled.store import write_bytes, write_json
+from refilled.storage.mirror import is_mirrored, location_of
+from refilled.storage.store import write_bytes, write_json
+from tune.backend.cluster import Resources, fit, ray_cluster, ray_environment
 from tune.cli import run_command
-from tune.cluster import Resources, fit, ray_cluster, ray_environment
 
 if TYPE_CHECKING:
-    from tune.forecast import Actual, Forecast, PhaseName
+    from tune.forecast.forecast import Actual, Forecast, PhaseName
     from tune.plan import Plan
     from tune.progress import Progress
     from tune.sweep import SweepResult
@@ -46,9 +46,9 @@ def _main(search: SearchConfig) -> int:
     import optuna
 
     from tune.continuing import may_continue, only_driver, only_driver_of_database
-    from tune.ledger import open_storage
     from tune.plan import make_plan
-    from tune.tracking import Tracker, resolve_tracking_uri
+    from tune.studies.study_store import open_storage
+    from tune.tracking.tracker import Tracker, resolve_tracking_uri
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the progress view says what there is to say
     began_s = time.monotonic()
@@ -72,12 +72,12 @@ def _main(search: SearchConfig) -> int:
 
 
 def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_s: float) -> int:
-    from tune.forecast import compare
+    from tune.forecast.forecast import compare
     from tune.progress import Progress
-    from tune.recording import Recorder
     from tune.refits import pretrain, refit_winners
     from tune.summary import table
     from tune.sweep import describe, run_search
+    from tune.tracking.recorder import Recorder
 
     search = plan.search
     deadline_s = None if search.max_hours is None else began_s + 3600 * search.max_hours
@@ -116,7 +116,7 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_
 
 def _dry_run(plan: Plan, study_storage: Any, began_s: float) -> int:
     """Print the forecast of what is left; nothing but timings is kept."""
-    from tune.ledger import open_storage
+    from tune.studies.study_store import open_storage
 
     own = plan.storage / "studies.db"
     if study_storage is None and own.exists():
@@ -127,10 +127,10 @@ def _dry_run(plan: Plan, study_storage: Any, began_s: float) -> int:
 
 
 def _forecast(plan: Plan, resources: Resources, study_storage: Any, began_s: float) -> Forecast:
-    from tune.cell_study import DONE
     from tune.continuing import earlier_trials
-    from tune.forecast import forecast
-    from tune.measure import measure_all
+    from tune.forecast.forecast import forecast
+    from tune.forecast.measure import measure_all
+    from tune.studies.cell_study import DONE
 
     timings = measure_all(plan, resources)
     trials = {} if study_storage is None else earlier_trials(plan, study_storage)
@@ -141,7 +141,7 @@ def _forecast(plan: Plan, resources: Resources, study_storage: Any, began_s: flo
 
 def _actual(sweep: SweepResult, progress: Progress) -> Actual:
     """What the phases took; epochs are counted of trials."""
-    from tune.forecast import Actual
+    from tune.forecast.forecast import Actual
 
     names: dict[str, PhaseName] = {
         "starting": "start",

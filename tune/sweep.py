@@ -7,18 +7,18 @@ from typing import Any
 
 from optuna.storages import BaseStorage
 
-from refilled.bank_site import bank_pays, epochs_with_teacher
 from refilled.config import SearchConfig
 from refilled.data.views import Views
+from refilled.embedding_cache.site import bank_pays, epochs_with_teacher
 from refilled.errors import UserError
-from tune.cluster import Resources
+from tune.backend.cluster import Resources
+from tune.backend.tuner import run_trials, trial_function
 from tune.plan import Plan
 from tune.progress import Progress
-from tune.recording import Recorder, SearchCallback, cell_progress, record_earlier_trials
 from tune.refits import Winner
-from tune.studies import Budget, Rules, StudyScheduler, StudySearcher
-from tune.transfer import Brought, brought
-from tune.tuner import run_trials, trial_function
+from tune.studies.searcher import Budget, Rules, StudyScheduler, StudySearcher
+from tune.studies.warm_start import Brought, brought
+from tune.tracking.recorder import Recorder, SearchCallback, cell_progress, record_earlier_trials
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from refilled import mirror
 from refilled.config import Config, RunConfig, SearchConfig
 from refilled.config.base import require
-from refilled.mirror import location_of
 from refilled.presets import preset
+from refilled.storage import mirror
+from refilled.storage.mirror import location_of
+from tune.backend.cluster import connect, fit, ray_cluster, ray_environment
 from tune.cli import run_command
-from tune.cluster import connect, fit, ray_cluster, ray_environment
 
 if TYPE_CHECKING:
-    from refilled.run_folder import RunFolder
+    from refilled.storage.run_folder import RunFolder
+    from tune.backend.worker import Job
     from tune.plan import Cell, Plan
-    from tune.worker import Job
 
 HELP = "Train one student with one method on 1..N workers, and log it to MLflow."
 POLL_S = 0.5
@@ -108,7 +108,7 @@ def main(config: TrainConfig) -> int:
     """Plan, train, report."""
     with ray_environment():
         from tune.plan import make_plan  # imports Ray, which reads its environment then
-        from tune.tracking import Tracker, resolve_tracking_uri
+        from tune.tracking.tracker import Tracker, resolve_tracking_uri
 
         plan = make_plan(config.as_search())
         uri = resolve_tracking_uri(config.tracking_uri, plan.storage)
@@ -118,9 +118,9 @@ def main(config: TrainConfig) -> int:
 
 
 def _train(config: TrainConfig, plan: Plan, tracker: Any) -> int:
-    from refilled.store import read_json
-    from tune.recording import Recorder
-    from tune.trainer import train_on_group
+    from refilled.storage.store import read_json
+    from tune.backend.trainer import train_on_group
+    from tune.tracking.recorder import Recorder
 
     cell = plan.cells[0]
     run = dataclasses.replace(cell.run, val_fraction=0.0) if config.refit else cell.run

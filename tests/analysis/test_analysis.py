@@ -15,7 +15,7 @@ from analysis.summary import summarise
 from analysis.tables import details_table, escape_markdown, mean_with_interval, overlap_table
 from refilled.command import run_app
 from refilled.errors import UserError
-from tune.tracking import Tracker, resolve_tracking_uri
+from tune.tracking.tracker import Tracker, resolve_tracking_uri
 
 REPORT = Path(__file__).parents[2] / "analysis" / "report.py"
 FILES = ["accuracy_over_overlap.pdf", "accuracy_over_overlap.png", "cells.csv", "overlap_table.md"]

@@ -25,13 +25,13 @@ import torch
 from bench_step import NUM_CLASSES, random_task
 from machine import machine_line
 
-from refilled import training
-from refilled.compute import Compute
 from refilled.methods import stages_of
 from refilled.models import build_model
-from refilled.optim import build_optimizer
 from refilled.presets import cifar100
 from refilled.teacher import FrozenTeacher
+from refilled.training import loop as training
+from refilled.training.compute import Compute
+from refilled.training.optim import build_optimizer
 
 
 class Stopwatch:

@@ -4,7 +4,7 @@
     python tests/benchmarks/bench_overhead.py --trials 9 --recipe-trials 5 --workers 2
 
 A trial that does nothing reports three rows, each after a small checkpoint is written. Ours is what `tune/search.py`
-runs (`trial_function` and `run_trials` of `tune/tuner.py`) with that in place of `tune.worker.work`; with two workers
+runs (`trial_function` and `run_trials` of `backend/tuner.py`) with that in place of `worker.work`; with two workers
 every row also waits for both. The recipe is the one that Ray documents: a Tuner over a function that fits a
 TorchTrainer with a TuneReportCallback, all with their defaults. Both get the same fixed list of trials, one after the
 other. A trial's seconds are those from the end of the one before it to its own end, the first trial left out. The last
@@ -35,7 +35,7 @@ EPOCHS = 3
 
 
 def do_nothing(job: str, config: Mapping[str, Any], storage: str, *, on_report: Any, **others: Any) -> None:
-    """In place of `tune.worker.work`, on every rank."""
+    """In place of `tune.backend.worker.work`, on every rank."""
     from refilled.distributed import rank
 
     for epoch in range(1, EPOCHS + 1):
@@ -46,7 +46,7 @@ def do_nothing(job: str, config: Mapping[str, Any], storage: str, *, on_report: 
 
 def write_checkpoint(path: Path, epoch: int) -> None:
     """A small one, by the project's own atomic write."""
-    from refilled.store import write_json
+    from refilled.storage.store import write_json
 
     write_json(path, {"epoch": epoch, "weights": [0.0] * 1000})
 
@@ -114,7 +114,7 @@ def durations(run: Callable[[list[Any]], None]) -> list[float]:
 
 def resources(num_workers: int) -> Any:
     """Of a trial."""
-    from tune.cluster import Resources
+    from tune.backend.cluster import Resources
 
     return Resources(num_workers=num_workers, cpus_per_worker=0.5, gpus_per_worker=0.0, slots=1, slots_now=1)
 
@@ -123,7 +123,7 @@ def ours(num_workers: int, num_trials: int, folder: Path) -> list[float]:
     """Seconds of our trials from a list."""
     from fixed_list import FixedList, Watcher
 
-    from tune.tuner import run_trials, trial_function
+    from tune.backend.tuner import run_trials, trial_function
 
     function = trial_function(resources(num_workers), folder, num_sharing_runs=1, backend="auto", body=do_nothing)
     samples = [{"name": str(number), "config": {}} for number in range(num_trials)]
@@ -137,8 +137,8 @@ def ours(num_workers: int, num_trials: int, folder: Path) -> list[float]:
 def ours_with_studies(num_workers: int, num_trials: int, folder: Path) -> list[float]:
     """Seconds of our trials from a study."""
     from refilled.presets import smoke
-    from tune.studies import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage
-    from tune.tuner import run_trials, trial_function
+    from tune.backend.tuner import run_trials, trial_function
+    from tune.studies.searcher import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage
 
     plan = StudyPlan(key="cell", name="cell", run=smoke().run, num_trials=num_trials, num_epochs=EPOCHS)
     searcher = StudySearcher([plan], open_storage(f"sqlite:///{folder / 'studies.db'}"), Rules(pruner="none"))

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from machine import machine_line
 
-from refilled.compute import Compute
 from refilled.config import RunConfig
 from refilled.execution import execute, run_folder
 from refilled.presets import cifar100
 from refilled.statistics import mean_and_ci95
+from refilled.training.compute import Compute
 
 PRECISIONS = ("bfloat16", "float32")
 

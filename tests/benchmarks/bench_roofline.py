@@ -29,9 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from refilled.compute import Compute
 from refilled.data.batches import epoch_batches
 from refilled.presets import CIFAR_STUDENTS, cifar100
+from refilled.training.compute import Compute
 
 
 class TrafficCounter(TorchDispatchMode):

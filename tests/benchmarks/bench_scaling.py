@@ -39,15 +39,15 @@ from bench_step import NUM_CLASSES, random_task
 from machine import machine_line
 from torch import Tensor
 
-from refilled import training
-from refilled.compute import Compute
 from refilled.config import RunConfig
 from refilled.data.batches import epoch_batches
 from refilled.methods import embedding_loss, stages_of
 from refilled.models import build_model
-from refilled.optim import build_optimizer
 from refilled.presets import cifar100
 from refilled.teacher import FrozenTeacher
+from refilled.training import loop as training
+from refilled.training.compute import Compute
+from refilled.training.optim import build_optimizer
 
 FLOAT32 = Compute(torch.device("cpu"), "float32")
 CALLS = ("all_reduce", "all_gather", "broadcast")

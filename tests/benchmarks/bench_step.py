@@ -34,19 +34,19 @@ import torch
 from machine import machine_line
 from torch import Tensor
 
-from refilled import training
-from refilled.bank import bank_for
-from refilled.compute import Compute
 from refilled.config import BankConfig, RunConfig, ViewConfig
 from refilled.data.batches import Batch, epoch_batches
 from refilled.data.images import make_image_set
 from refilled.data.label_space import LabelSpaces
-from refilled.data.task import Normalization, Task
+from refilled.embedding_cache.bank import bank_for
 from refilled.methods import stages_of
 from refilled.models import build_model
-from refilled.optim import build_optimizer
 from refilled.presets import CIFAR_STUDENTS, cifar100
+from refilled.tasks.classification import Normalization, Task
 from refilled.teacher import FrozenTeacher
+from refilled.training import loop as training
+from refilled.training.compute import Compute
+from refilled.training.optim import build_optimizer
 
 NUM_CLASSES = 50
 
@@ -90,7 +90,7 @@ class Case:
         self._learner.student.train()
 
     def step(self, batch: Batch) -> None:
-        """The step of `refilled.training`."""
+        """The step of `refilled.training.loop`."""
         training._step(self._learner, self._stage, self._optimizer, batch, epoch=0)
 
 

@@ -27,8 +27,8 @@ from cluster_texts import (
 
 import tune.search
 from refilled.config import SearchConfig
-from tune.cluster import fit_nodes
-from tune.nodes import Nodes, launcher_nodes
+from tune.backend.cluster import fit_nodes
+from tune.backend.nodes import Nodes, launcher_nodes
 
 SCRIPTS = [name for name in names() if name.endswith(".sh")]
 PLACES = ["aws.yaml", "gcp.yaml", "kuberay/kustomization.yaml", "slurm.sh", "Dockerfile", "laptop.md"]

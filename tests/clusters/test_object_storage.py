@@ -13,7 +13,7 @@ from end_state import differences, end_state
 from mlflow_server import Server
 from object_store import ObjectStore
 
-from refilled import mirror
+from refilled.storage import mirror
 from tune import search
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]

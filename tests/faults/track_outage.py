@@ -47,13 +47,13 @@ def search_through_outage(storage: Path, server: Any) -> str:
 
 def replay(storage: Path) -> str:
     """What the command says."""
-    command = [sys.executable, str(ROOT / "tune/tracking.py"), "replay", str(storage)]
+    command = [sys.executable, str(ROOT / "tune/sync.py"), str(storage)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def differences(storage: Path, server: Any) -> list[str]:
     """What MLflow and the run folders do not agree on."""
-    from tune.tracking_store import open_store
+    from tune.tracking.store import open_store
 
     client = open_store(server.uri, create=False)
     runs = client.search_runs([client.get_experiment_by_name("refilled").experiment_id], max_results=1000)
@@ -102,7 +102,7 @@ def main() -> int:
             found = differences(storage, server)
         finally:
             server.kill()
-    if not any("tune/tracking.py replay" in line for line in said):
+    if not any("tune/sync.py" in line for line in said):
         found.append("the search did not name the command")
     print("\n".join(found) or "MLflow holds every epoch of every run once")
     return 1 if found else 0

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from refilled.compute import Compute
 from refilled.config import RunConfig
 from refilled.timing import measure
-from tune.cluster import PROCESS_BYTES
+from refilled.training.compute import Compute
+from tune.backend.cluster import PROCESS_BYTES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +24,7 @@ pytestmark = [
 RUN = """
 import dataclasses, sys, torch
 from pathlib import Path
-from refilled.compute import Compute
+from refilled.training.compute import Compute
 from refilled.execution import execute
 from refilled.presets import smoke
 

@@ -10,7 +10,7 @@ from ray.tune import Callback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from tune.tuner import TrialFunction, run_trials
+from tune.backend.tuner import TrialFunction, run_trials
 
 Row = Mapping[str, Any]
 

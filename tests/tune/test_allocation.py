@@ -7,9 +7,9 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from refilled.config import RunConfig
-from tune.allocation import Budget, uncertainty
-from tune.cell_study import CellStudy
-from tune.studies import Rules, StudyPlan, StudySearcher
+from tune.studies.allocation import Budget, uncertainty
+from tune.studies.cell_study import CellStudy
+from tune.studies.searcher import Rules, StudyPlan, StudySearcher
 
 EPOCHS = 4
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -10,9 +10,9 @@ import pytest
 
 from refilled.config import SearchConfig
 from refilled.errors import UserError
-from tune import nodes
-from tune.cluster import MAX_SLOTS, PROCESS_BYTES, fit, fit_nodes, workers_per_gpu
-from tune.nodes import Nodes, launcher_nodes, may_grow_to, nodes_now
+from tune.backend import nodes
+from tune.backend.cluster import MAX_SLOTS, PROCESS_BYTES, fit, fit_nodes, workers_per_gpu
+from tune.backend.nodes import Nodes, launcher_nodes, may_grow_to, nodes_now
 
 GIB = 2**30
 

@@ -12,9 +12,9 @@ from filelock import FileLock
 from refilled.errors import UserError
 from refilled.presets import smoke
 from tune.continuing import may_continue, only_driver
-from tune.ledger import open_storage
 from tune.plan import make_plan
-from tune.studies import StudySearcher
+from tune.studies.searcher import StudySearcher
+from tune.studies.study_store import open_storage
 from tune.sweep import rules_of
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def test_on_a_terminal_it_asks_unless_told(folder, tmp_path, answer, resume, exp
         "import dataclasses\n"
         "from refilled.presets import smoke\n"
         "from tune.continuing import may_continue\n"
-        "from tune.ledger import open_storage\n"
+        "from tune.studies.study_store import open_storage\n"
         "from tune.plan import make_plan\n"
         f"plan = make_plan(dataclasses.replace(smoke(), storage={str(folder)!r}, resume={resume!r}))\n"
         f"storage = open_storage('sqlite:///{tmp_path}/studies.db')\n"

@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from refilled.config import RunConfig
-from tune.studies import Budget, Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage
+from tune.studies.searcher import Budget, Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage
 
 EPOCHS = (3, 6)
 optuna.logging.set_verbosity(optuna.logging.WARNING)

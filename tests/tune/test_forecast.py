@@ -12,14 +12,14 @@ from rich.console import Console
 
 from refilled.config import BankConfig
 from refilled.presets import smoke
-from refilled.run_folder import RunFolder
+from refilled.storage.run_folder import RunFolder
 from refilled.teacher import teacher_folder
 from refilled.timing import StepTimes
-from tune.cluster import Resources
-from tune.forecast import END_S, START_S, TUNE_START_S, Actual, compare, forecast, say_hours, trials_left
-from tune.measure import Timings, kind_of
+from tune.backend.cluster import Resources
+from tune.forecast.forecast import END_S, START_S, TUNE_START_S, Actual, compare, forecast, say_hours, trials_left
+from tune.forecast.measure import Timings, kind_of
+from tune.forecast.workload import JOB_S, TEST_SHARE, TRIAL_S, Workload
 from tune.plan import Plan, make_plan
-from tune.workload import JOB_S, TEST_SHARE, TRIAL_S, Workload
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

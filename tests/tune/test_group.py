@@ -18,9 +18,9 @@ import torch
 
 from refilled.config import RunConfig
 from refilled.execution import execute, run_folder
-from tune.cluster import Resources
-from tune.group import MAX_REPEATS
-from tune.tuner import trial_function
+from tune.backend.cluster import Resources
+from tune.backend.tuner import trial_function
+from tune.backend.worker_group import MAX_REPEATS
 
 pytestmark = pytest.mark.ray
 RESOURCES = Resources(num_workers=2, cpus_per_worker=1.0, gpus_per_worker=0.0, slots=1, slots_now=1)
@@ -57,12 +57,12 @@ def body(job: str, config: Mapping[str, Any], storage: str, *, on_report: Callab
 
 def has_accident(accident: str, rank: int) -> None:
     """What the accident's name says, on one rank or on all."""
-    import tune.group
+    import tune.backend.worker_group
 
     if accident == "diverges":
         raise FloatingPointError("on purpose")
     if accident == "rank 0 sleeps" and rank == 0:
-        tune.group.STUCK_S = 0.5
+        tune.backend.worker_group.STUCK_S = 0.5
         time.sleep(100)
         return
     if rank != int(not accident.startswith("rank 0 ")) and accident != "rank 0 sleeps":
@@ -70,7 +70,7 @@ def has_accident(accident: str, rank: int) -> None:
     if "killed" in accident or "sleeps" in accident:
         os.kill(os.getpid(), signal.SIGKILL)
     if "raises" in accident:
-        tune.group.CAUSE_S = 1.0
+        tune.backend.worker_group.CAUSE_S = 1.0
         raise ValueError("on purpose")
 
 
@@ -159,7 +159,7 @@ def test_rank_0_is_tunes_business_and_takes_its_helpers_with_it(local_ray: None,
 def lose_helper(job: Any, config: Mapping[str, Any], storage: str, *, on_report: Any, **others: Any) -> None:
     """`work`, in which the helper is killed once, when it has the third row."""
     from refilled.distributed import rank
-    from tune.worker import work
+    from tune.backend.worker import work
 
     def report(row: dict[str, Any]) -> None:
         on_report(row)
@@ -177,7 +177,7 @@ def test_two_workers_give_the_numbers_of_one_though_one_is_killed(
     import ray.cloudpickle
     from fixed_list import run_list
 
-    from refilled.compute import Compute
+    from refilled.training.compute import Compute
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     run = dataclasses.replace(digits_run, epochs=(2, 3), teacher_epochs=2, precision="float64")

@@ -13,11 +13,11 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from refilled.config import RunConfig
-from tune.cell_study import CellStudy
-from tune.keyed_sampler import KeyedSampler
-from tune.known import MAX_OWN_TRIALS, MAX_SHOWN, expected_value, known
-from tune.samplers import make_sampler
-from tune.studies import Rules, StudyPlan, StudyScheduler, StudySearcher
+from tune.studies.cell_study import CellStudy
+from tune.studies.history import MAX_OWN_TRIALS, MAX_SHOWN, expected_value, known
+from tune.studies.keyed_sampler import KeyedSampler
+from tune.studies.samplers import make_sampler
+from tune.studies.searcher import Rules, StudyPlan, StudyScheduler, StudySearcher
 
 RATE = "classifier.schedule.learning_rate"
 DISTRIBUTION = FloatDistribution(0.01, 0.5, log=True)

@@ -8,10 +8,10 @@ import pytest
 
 from refilled.errors import UserError
 from refilled.presets import smoke
-from refilled.store import write_json
+from refilled.storage.store import write_json
 from refilled.timing import StepTimes
-from tune.cluster import Resources
-from tune.measure import _path, _records, _rounds, _share, kind_of, measure_all
+from tune.backend.cluster import Resources
+from tune.forecast.measure import _path, _records, _rounds, _share, kind_of, measure_all
 from tune.plan import Plan, make_plan
 
 

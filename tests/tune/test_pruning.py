@@ -5,7 +5,7 @@ import pytest
 from optuna.trial import TrialState
 
 from refilled.config.search import PRUNERS
-from tune.pruning import (
+from tune.studies.pruning import (
     HalvingPruner,
     HyperbandPruner,
     MedianPruner,

@@ -7,7 +7,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from refilled.config import RunConfig
-from tune.space import as_data, sample
+from tune.studies.space import as_data, sample
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from replay.simulation import Contestant, simulate

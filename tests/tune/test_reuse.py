@@ -2,8 +2,8 @@ import optuna
 import pytest
 
 from refilled.config import RunConfig
-from tune.reuse import EmbeddingChoice
-from tune.studies import Budget, Rules, StudyPlan, StudySearcher
+from tune.studies.reuse import EmbeddingChoice
+from tune.studies.searcher import Budget, Rules, StudyPlan, StudySearcher
 
 RUN = RunConfig(method="refilled", epochs=(4, 2))
 PLAN = StudyPlan(key="a", name="s", run=RUN, num_trials=60, num_epochs=6)

@@ -12,9 +12,9 @@ from optuna.trial import TrialState
 
 from refilled.config import METHODS, RunConfig
 from refilled.config.search import SAMPLERS
-from tune.ledger import open_storage
-from tune.samplers import make_sampler
-from tune.space import default_point, sample, space
+from tune.studies.samplers import make_sampler
+from tune.studies.space import default_point, sample, space
+from tune.studies.study_store import open_storage
 
 NUM_TRIALS = 16
 NUM_RANDOM = 4  # tpe and gp draw so many of 16 at random
@@ -93,8 +93,8 @@ ASK_IN_ANOTHER_PROCESS = """
 import json, sys
 import optuna, torch
 from refilled.config import RunConfig
-from tune.samplers import make_sampler
-from tune.space import sample
+from tune.studies.samplers import make_sampler
+from tune.studies.space import sample
 torch.set_num_threads(1)
 study = optuna.load_study(study_name="cell", storage=sys.argv[1])
 for kind in sys.argv[2:]:

@@ -5,7 +5,7 @@ import statistics
 import optuna
 import pytest
 
-from tune.simulate import Done, Work, pack, simulate_pruning
+from tune.forecast.simulate import Done, Work, pack, simulate_pruning
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

@@ -5,7 +5,7 @@ import optuna
 import pytest
 
 from refilled.config import METHODS, RunConfig, ScheduleConfig
-from tune.space import SPACES, Choice, Float, as_data, default_point, describe, milestones, sample, space
+from tune.studies.space import SPACES, Choice, Float, as_data, default_point, describe, milestones, sample, space
 
 STEP = ScheduleConfig(kind="step", learning_rate=0.1, decay=0.2, milestones=(0.25, 0.5, 0.75))
 

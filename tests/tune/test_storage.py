@@ -21,7 +21,7 @@ from refilled.errors import UserError
 from refilled.presets import smoke
 from tune.continuing import only_driver_of_database
 from tune.plan import make_plan
-from tune.studies import StudyPlan, StudyScheduler, StudySearcher, open_storage
+from tune.studies.searcher import StudyPlan, StudyScheduler, StudySearcher, open_storage
 
 psycopg = pytest.importorskip("psycopg")
 EPOCHS = 8
@@ -274,7 +274,7 @@ def test_a_wrong_password_is_the_users_to_change(server):
 def test_mlflow_in_postgresql_keeps_artifacts_in_the_storage(server, tmp_path):
     from mlflow import MlflowClient
 
-    from tune.tracking import Tracker
+    from tune.tracking.tracker import Tracker
 
     with psycopg.connect(server.target("postgres"), autocommit=True) as connection:
         connection.execute("CREATE DATABASE mlflow")

@@ -8,9 +8,9 @@ from ray.tune.search import Searcher
 
 from refilled.config import RunConfig
 from refilled.errors import UserError
-from tune.pruning import HalvingPruner
-from tune.studies import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage, overrides_of
-from tune.worker import STOP_SEARCH
+from tune.backend.worker import STOP_SEARCH
+from tune.studies.pruning import HalvingPruner
+from tune.studies.searcher import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage, overrides_of
 
 EPOCHS = 8
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -8,8 +8,8 @@ import pytest
 from optuna.trial import TrialState
 
 from refilled.config import RunConfig
-from tune.pruning import HalvingPruner
-from tune.studies import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage, overrides_of
+from tune.studies.pruning import HalvingPruner
+from tune.studies.searcher import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage, overrides_of
 
 pytestmark = pytest.mark.ray
 EPOCHS = 6

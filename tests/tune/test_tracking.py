@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from refilled.errors import UserError
-from tune import tracking_store
-from tune.tracking import Tracker, resolve_tracking_uri
-from tune.tracking_record import flat_params
-from tune.tracking_rows import RowTail
-from tune.tracking_store import open_store, shown_uri
+from tune.tracking import store as tracking_store
+from tune.tracking.record import flat_params
+from tune.tracking.rows import RowTail
+from tune.tracking.store import open_store, shown_uri
+from tune.tracking.tracker import Tracker, resolve_tracking_uri
 
 DONE_S = 20.0
 
@@ -455,7 +455,7 @@ def test_a_new_store_says_nothing_and_lies_in_the_storage_folder(tmp_path):
     program = """
         import sys
         from pathlib import Path
-        from tune.tracking import Tracker, resolve_tracking_uri
+        from tune.tracking.tracker import Tracker, resolve_tracking_uri
         assert "mlflow" not in sys.modules
         with Tracker(resolve_tracking_uri(None, Path("runs")), "experiment") as tracker:
             tracker.start_search("s", name="s", params={}, tags={})

@@ -15,11 +15,11 @@ import pytest
 from mlflow_server import Gate, Server
 
 from refilled.errors import UserError
-from tune.tracking import Tracker, resolve_tracking_uri
-from tune.tracking_journal import Journal, has_answered, journal_names, kept_uri
-from tune.tracking_record import Closing, RunRecord
-from tune.tracking_replay import command
-from tune.tracking_store import open_store
+from tune.tracking.journal import Journal, has_answered, journal_names, kept_uri
+from tune.tracking.record import Closing, RunRecord
+from tune.tracking.replay import command
+from tune.tracking.store import open_store
+from tune.tracking.tracker import Tracker, resolve_tracking_uri
 
 DONE_S = 60.0
 ROOT = Path(__file__).parents[2]
@@ -220,7 +220,7 @@ def test_refused_artifacts_hold_back_nothing_else_and_come_later(gate, experimen
 DRIVER = """
     import json, sys
     from pathlib import Path
-    from tune.tracking import Tracker
+    from tune.tracking.tracker import Tracker
     uri, experiment, storage = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     tracker = Tracker(uri, experiment, storage=storage)
     tracker.start_search("search", name="a search", params={"trials": 4}, tags={"kind": "search"})
@@ -298,7 +298,7 @@ def test_a_killed_driver_is_replayed_once_however_often_and_however_interrupted(
 
     gate.always("pass")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tune/tracking.py"), "replay", str(storage)],
+        [sys.executable, str(ROOT / "tune/sync.py"), str(storage)],
         capture_output=True,
         text=True,
         check=False,
@@ -359,7 +359,7 @@ def test_a_moved_storage_folder_is_replayed_into_its_own_file_without_ray(experi
     before.rename(storage)
     program = """
         import sys
-        from tune.tracking_replay import command
+        from tune.tracking.replay import command
         assert command(["replay", sys.argv[1]]) == 0
         assert not {"ray", "torchvision"} & set(sys.modules)
     """

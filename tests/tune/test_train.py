@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from refilled.compute import Compute
 from refilled.execution import execute, refit, run_folder
+from refilled.training.compute import Compute
 from tune.train import start
 
 ROOT = Path(__file__).parents[2]

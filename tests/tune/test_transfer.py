@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import optuna
 import pytest
 
-from tune.transfer import brought, donors
+from tune.studies.warm_start import brought, donors
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ import numpy as np
 import pytest
 import torch
 
-import tune.worker
+import tune.backend.worker
 from refilled.data.images import make_image_set
-from refilled.data.task import load_task
 from refilled.errors import UserError
 from refilled.execution import cache_of, run_folder
 from refilled.presets import smoke
-from tune.cluster import Resources
-from tune.worker import STOP_SEARCH, known_process_state, train_fn_per_worker, with_last_word, work
+from refilled.tasks.classification import load_task
+from tune.backend.cluster import Resources
+from tune.backend.worker import STOP_SEARCH, known_process_state, train_fn_per_worker, with_last_word, work
 
 RUN = dataclasses.replace(smoke().run, overlap=0.4, epochs=(1, 2), teacher_epochs=2)
 ONE = Resources(num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, slots=1, slots_now=1)
@@ -76,7 +76,7 @@ def weights(storage: Path) -> dict[str, torch.Tensor]:
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The storage of a run in a process that did nothing before."""
     storage = tmp_path_factory.mktemp("clean")
-    code = "import json, sys; from tune.worker import work; work('run', json.loads(sys.argv[1]), sys.argv[2], "
+    code = "import json, sys; from tune.backend.worker import work; work('run', json.loads(sys.argv[1]), sys.argv[2], "
     code += "num_threads=1, num_gpus=0.0)"
     subprocess.run([sys.executable, "-c", code, json.dumps(RUN.to_dict()), str(storage)], check=True, timeout=120)
     return storage
@@ -115,7 +115,7 @@ def test_a_job_begins_as_in_a_new_process(name: str, clean: Path, prepared: Path
 def test_the_sabotage_would_reach_an_unguarded_job(
     name: str, clean: Path, prepared: Path, own_state: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune.worker, "known_process_state", lambda seed, num_threads: contextlib.nullcontext())
+    monkeypatch.setattr(tune.backend.worker, "known_process_state", lambda seed, num_threads: contextlib.nullcontext())
     SABOTAGE[name][0]()
     try:
         work("run", RUN.to_dict(), str(prepared), **PLACE)
@@ -228,7 +228,7 @@ def test_a_train_group_is_not_tried_again_where_its_run_diverged(prepared: Path)
 
 def eventful(job: Any, config: Mapping[str, Any], storage: str, *, on_report: Any, **others: Any) -> None:
     """`work` that says in which process it is, and an event beside it."""
-    from tune.worker import work
+    from tune.backend.worker import work
 
     event, marker = config["event"], Path(storage) / "killed"
     if event == "sabotage":
@@ -255,7 +255,7 @@ def test_trials_after_sabotage_after_a_kill_and_with_final_errors(local_ray: Non
     import ray.cloudpickle
     from fixed_list import run_list
 
-    from tune.tuner import trial_function
+    from tune.backend.tuner import trial_function
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
     function = trial_function(ONE, prepared, num_sharing_runs=1, backend="auto", body=eventful)
@@ -295,7 +295,7 @@ def test_trials_after_sabotage_after_a_kill_and_with_final_errors(local_ray: Non
 
 def diverging(job: Any, config: Any, storage: str, **others: Any) -> None:
     """`work` with an absurd learning rate."""
-    from tune.worker import work
+    from tune.backend.worker import work
 
     work(job, ABSURD.to_dict(), storage, **others)
 
@@ -304,8 +304,8 @@ def diverging(job: Any, config: Any, storage: str, **others: Any) -> None:
 def test_a_study_is_told_that_its_trials_diverged(local_ray: None, prepared: Path) -> None:
     import ray.cloudpickle
 
-    from tune.studies import StudyPlan, StudyScheduler, StudySearcher, open_storage
-    from tune.tuner import run_trials, trial_function
+    from tune.backend.tuner import run_trials, trial_function
+    from tune.studies.searcher import StudyPlan, StudyScheduler, StudySearcher, open_storage
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     plan = StudyPlan(key="cell", name="study", run=RUN, num_trials=1, num_epochs=3)

@@ -4,7 +4,7 @@
     python tests/benchmarks/replay/record.py cifar-0.4 --data parquet:DIR --trials 200 --storage DIR
 
 Row 0 of a table is the problem's own settings, with which every search begins; the others are drawn by Optuna's
-RandomSampler through `tune.space.sample`. Rows that a table holds already are kept, and trials are run folders of the
+RandomSampler through `space.sample`. Rows that a table holds already are kept, and trials are run folders of the
 storage, so the same command again goes on where it was, and a larger `--trials` adds to what is there. Tables are
 written to `--out` as they grow.
 """
@@ -32,12 +32,12 @@ import torch
 from machine import machine_line
 from replay.problems import problems
 
-from refilled.compute import Compute
 from refilled.config import RunConfig
 from refilled.execution import execute, run_folder
 from refilled.methods import needs_teacher
 from refilled.teacher import pretrain_once
-from tune.space import as_data, default_point, sample
+from refilled.training.compute import Compute
+from tune.studies.space import as_data, default_point, sample
 
 CURVES = Path(__file__).resolve().parent / "curves"
 SAVE_EVERY = 50

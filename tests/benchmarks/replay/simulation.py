@@ -9,7 +9,7 @@ What `ray/tune/execution/tune_controller.py` of Ray 2.60 does with a function th
   `searcher.on_trial_complete`;
 - a function that raises goes to `scheduler.on_trial_error`, then to `searcher.on_trial_complete(error=True)`.
 
-A trial that goes on from another one's embedding stage repeats that stage's rows at once, as `refilled.training` does;
+A trial that goes on from another one's embedding stage repeats that stage's rows at once, as `training.loop` does;
 they are the nearest recorded ones, and no epochs of its own.
 """
 

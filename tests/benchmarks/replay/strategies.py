@@ -15,9 +15,9 @@ from ray.tune.search.optuna import OptunaSearch
 from replay.simulation import Contestant, Suggestion
 from replay.table import Point, Table, point_of
 
-from tune.pruning import HalvingPruner, MedianPruner
-from tune.space import sample
-from tune.studies import Rules, StudyPlan, StudyScheduler, StudySearcher
+from tune.studies.pruning import HalvingPruner, MedianPruner
+from tune.studies.searcher import Rules, StudyPlan, StudyScheduler, StudySearcher
+from tune.studies.space import sample
 
 METRIC = "val_accuracy"
 Strategy = Callable[[Sequence[Table], int], Contestant]
@@ -31,7 +31,7 @@ def ours(*, num_trials: int = 1000, chained: bool = True, storage: BaseStorage |
         num_trials: of every cell.
         chained: whether every table is a donor to the next one; without effect where the rules say no transfer.
         storage: of the studies, which go on where they are; none: new ones in memory.
-        rules: fields of `tune.studies.Rules`.
+        rules: fields of `tune.studies.searcher.Rules`.
     """
 
     def make(tables: Sequence[Table], seed: int) -> Contestant:

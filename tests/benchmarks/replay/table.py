@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refilled.config import RunConfig
-from tune.space import FIRST_MILESTONE
+from tune.studies.space import FIRST_MILESTONE
 
 CURVES = Path(__file__).resolve().parent / "curves"
 STAGES = {"e": "embedding", "c": "classifier"}
@@ -47,7 +47,7 @@ class Curve:
         return max((value for stage, value in pairs if stage == "c"), default=0.0)
 
     def rows(self, num_epochs: int) -> list[Row]:
-        """What the trial's process reports, in order, as `refilled.training.run` does."""
+        """What the trial's process reports, in order, as `refilled.training.loop.run` does."""
         rows: list[Row] = []
         best, best_epoch = -1.0, 0
         for epoch, (stage, value) in enumerate(zip(self.stages, self.val_accuracy, strict=True), start=1):
@@ -76,7 +76,7 @@ class Table:
     Args:
         name: of the problem.
         run: its own settings, from which a search of it starts.
-        space: as `tune.space.as_data` says it.
+        space: as `tune.studies.space.as_data` says it.
         curves: one or more; the first is the run itself.
         is_weighted: false gives every setting the weight 1.
     """
@@ -226,7 +226,7 @@ class Answers:
 
 
 def point_of(overrides: Point) -> Point:
-    """Optuna's parameters of what `tune.space.sample` returned: a step schedule's milestones follow from the first."""
+    """Optuna's parameters of what `space.sample` returned: a step schedule's milestones follow from the first."""
     point = {}
     for name, value in overrides.items():
         if name.endswith("schedule.milestones"):

@@ -1,0 +1,1 @@
+"""The loop that trains students and teachers: batches, optimiser, precision, evaluation."""

@@ -1,0 +1,1 @@
+"""Where trials and jobs run: the cluster, its workers, Ray Tune and Ray Train."""

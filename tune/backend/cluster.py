@@ -1,0 +1,246 @@
+"""Ray: start it here or join the one this runs in, and know what fits, now and at its largest."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from refilled.config import SearchConfig
+from refilled.errors import UserError
+from tune.backend.nodes import Nodes, may_grow_to, nodes_now
+
+# Read by Ray's processes when they start. The first makes a row cost 0.2 s instead of 2 s on its way from a Train
+# worker to Tune; the second bounds the wait for workers that a shrinking cluster cannot give.
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the other output prints a panel even at verbosity 0
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the rows; no CSV and TensorBoard files beside it
+}
+
+MAX_SLOTS = 512  # trials that one driver is let to look after, however large the cluster may grow
+CONNECT_S = 30.0  # for a cluster to answer that may just be starting
+# Allowed to each process on a GPU beside its tensors: CUDA's context, its libraries, what the allocator cannot reuse.
+PROCESS_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one worker takes, how many make a trial, and how many trials fit side by side.
+
+    Attributes:
+        num_workers: of a trial.
+        cpus_per_worker: of each of them.
+        gpus_per_worker: of each of them.
+        slots: trials side by side on the cluster at its largest.
+        slots_now: trials side by side on the nodes that are there; 0 where the cluster has yet to grow.
+    """
+
+    num_workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+    slots: int
+    slots_now: int
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of one worker's torch."""
+        return max(1, int(self.cpus_per_worker))
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """In Ray's words."""
+        gpu = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
+        return {"CPU": self.cpus_per_worker} | gpu
+
+
+@contextmanager
+def ray_environment() -> Iterator[None]:
+    """The environment that Ray and its processes read; enter it before anything imports `ray`.
+
+    A local Ray asks for a token of its own, in a file that only this user can read and that ends with the block.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS", "").startswith(("http://", "https://")):
+        del os.environ["RAY_ADDRESS"]  # the address for `ray job submit`, not one that a driver can join
+    is_guarded = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if "RAY_ADDRESS" in os.environ or is_guarded:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="refilled-") as folder:
+        token = Path(folder) / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        try:
+            yield
+        finally:
+            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+                os.environ.pop(name, None)
+
+
+@contextmanager
+def ray_cluster(*, with_dashboard: bool) -> Iterator[None]:
+    """A Ray to run on: the cluster of the job this is part of (RAY_ADDRESS), or a local one that ends with the block.
+
+    Args:
+        with_dashboard: give a local Ray its dashboard, without which stopped TorchTrainer trials leak their workers.
+
+    Raises:
+        UserError: RAY_ADDRESS names no cluster that can be reached, or one that asks for another token.
+    """
+    import ray
+
+    connect(with_dashboard=with_dashboard)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def connect(*, with_dashboard: bool) -> None:
+    """Begin a job of this driver; see `ray_cluster`. One that there is already ends, and a local Ray with it."""
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    ray.shutdown()
+    address = os.environ.get("RAY_ADDRESS", "")
+    local = {} if address else {"include_dashboard": with_dashboard, "num_cpus": os.cpu_count()}
+    try:
+        if address and address != "auto" and "://" not in address:
+            _knock(address)
+        ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **local)
+    except AuthenticationError as error:
+        raise UserError(
+            f"RAY_AUTH_TOKEN_PATH must name a readable file with the Ray cluster's token ({error.message})."
+        ) from error
+    except ConnectionError as error:
+        raise UserError(f"RAY_ADDRESS must name a running Ray cluster, got {address!r} ({error}).") from error
+
+
+def _knock(address: str) -> None:
+    """Ask a cluster once. `ray.init` asks 20 times, a minute each where nobody answers, with Ray's lines on stderr.
+
+    Raises:
+        UserError: nobody answers, or the cluster asks for another token.
+    """
+    try:
+        import grpc  # type: ignore[import-untyped]  # its types are a package of their own
+        from ray._private.grpc_utils import init_grpc_channel
+        from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+        from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+    except ImportError:  # another version of Ray
+        return
+    with init_grpc_channel(address) as channel:
+        try:
+            cluster = NodeInfoGcsServiceStub(channel)
+            cluster.GetClusterId(GetClusterIdRequest(), timeout=CONNECT_S, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise UserError(
+                    f"RAY_AUTH_MODE must be token and RAY_AUTH_TOKEN_PATH a file with the token of the Ray cluster at "
+                    f"{address}, which refuses the present one."
+                ) from error
+            raise UserError(
+                f"RAY_ADDRESS must name a running Ray cluster, got {address!r} (no answer within {CONNECT_S:g} s)."
+            ) from error
+
+
+def fit(search: SearchConfig) -> Resources:
+    """How many trials fit on the connected cluster side by side, now and at its largest.
+
+    A worker must find its room on one node; the workers of a trial may lie on several. They are placed together or not
+    at all, so trials that wait for room never hold a part of it.
+
+    Raises:
+        UserError: where not even one ever fits, with the numbers.
+    """
+    now = nodes_now()
+    return fit_nodes(search, now, may_grow_to() or now)
+
+
+def fit_nodes(search: SearchConfig, now: Sequence[Nodes], largest: Sequence[Nodes]) -> Resources:
+    """`fit` for the nodes that are there and those that there may be.
+
+    Raises:
+        UserError: as `fit`.
+    """
+    num_workers, cpus, gpus = search.workers_per_trial, search.cpus_per_worker, search.gpus_per_worker
+    slots_now = _num_workers(now, cpus, gpus) // num_workers
+    slots = max(slots_now, _num_workers(largest, cpus, gpus) // num_workers)
+    if slots == 0:
+        every = [*now, *largest]
+        if not any(each.num_workers(cpus, gpus) for each in every):
+            raise UserError(
+                f"cpus_per_worker and gpus_per_worker must fit a node: one worker needs {_say(cpus, gpus)}, "
+                f"{_largest_node(every)}."
+            )
+        totals = [_total(now), _total(largest)]
+        raise UserError(
+            f"workers_per_trial must fit the cluster: one trial needs {num_workers} workers of {_say(cpus, gpus)}, the "
+            f"cluster's nodes have room for {max(_num_workers(each, cpus, gpus) for each in (now, largest))} "
+            f"({_say(*max(totals))} in all)."
+        )
+    return Resources(
+        num_workers=num_workers,
+        cpus_per_worker=cpus,
+        gpus_per_worker=gpus,
+        slots=min(slots, MAX_SLOTS),
+        slots_now=min(slots_now, MAX_SLOTS),
+    )
+
+
+def workers_per_gpu(peak_bytes: int, total_bytes: int, gpus_per_worker: float) -> int:
+    """How many workers one GPU's memory holds.
+
+    Args:
+        peak_bytes: most that a worker's tensors were measured to take.
+        total_bytes: the GPU's memory.
+        gpus_per_worker: of the search; 0 computes on CPUs, where nothing is checked.
+
+    Returns:
+        The number that fits, 0 where not even one does.
+
+    Raises:
+        UserError: where `gpus_per_worker` puts more workers on one GPU than fit, with the numbers.
+    """
+    fitting = total_bytes // (peak_bytes + PROCESS_BYTES)
+    promised = math.floor(1 / gpus_per_worker + 1e-9) if 0 < gpus_per_worker < 1 else int(gpus_per_worker > 0)
+    if promised > fitting:
+        gib = 2**30
+        least = f"at least {math.ceil(100 / fitting) / 100:g}" if fitting else "smaller batches or networks beside it"
+        raise UserError(
+            f"gpus_per_worker must be {least}: {gpus_per_worker:g} puts {promised} workers on one GPU, each takes "
+            f"{(peak_bytes + PROCESS_BYTES) / gib:.2f} GiB ({peak_bytes / gib:.2f} measured), and it has "
+            f"{total_bytes / gib:.2f} GiB, which holds {fitting}."
+        )
+    return fitting
+
+
+def _num_workers(nodes: Sequence[Nodes], cpus: float, gpus: float) -> int:
+    return sum(each.count * each.num_workers(cpus, gpus) for each in nodes)
+
+
+def _total(nodes: Sequence[Nodes]) -> tuple[float, float]:
+    return sum(each.count * each.cpus for each in nodes), sum(each.count * each.gpus for each in nodes)
+
+
+def _largest_node(nodes: Sequence[Nodes]) -> str:
+    if not nodes:
+        return "and the cluster has no node"
+    largest = max(nodes, key=lambda each: (each.gpus, each.cpus))
+    return f"the largest node has {_say(largest.cpus, largest.gpus)}"
+
+
+def _say(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPUs and {gpus:g} GPUs"

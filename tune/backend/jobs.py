@@ -1,0 +1,75 @@
+"""Jobs beside the trials: teachers before the search, refits after it."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from refilled.config import RunConfig
+from refilled.storage.mirror import location_of
+from tune.backend.cluster import Resources
+from tune.backend.trainer import train_on_group
+from tune.backend.worker import Job, work
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One job; `name` is unique among the jobs of a search, `num_sharing_runs` as in `tune.backend.worker.work`."""
+
+    kind: Job
+    name: str
+    run: RunConfig
+    num_sharing_runs: int = 1
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended: without an error, or with one."""
+
+    job: JobSpec
+    error: Exception | None
+
+
+def run_jobs(jobs: Sequence[JobSpec], storage: Path, resources: Resources) -> Iterator[JobResult]:
+    """Do all jobs, as many side by side as fit, and yield each as it ends; a failed one does not stop the others."""
+    done: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
+
+    def do(job: JobSpec) -> None:
+        try:
+            if resources.num_workers == 1:
+                _on_one_worker(job, storage, resources)
+            else:
+                name = f"{job.kind}-{job.run.content_hash()}"
+                config, sharing = job.run.to_dict(), job.num_sharing_runs
+                train_on_group(job.kind, config, location_of(storage), resources, name, num_sharing_runs=sharing)
+        except Exception as error:  # whatever ends one job must reach the caller, not end a thread silently
+            done.put(JobResult(job, error))
+        else:
+            done.put(JobResult(job, None))
+
+    with ThreadPoolExecutor(max_workers=max(1, min(resources.slots, len(jobs)))) as pool:
+        for job in jobs:
+            pool.submit(do, job)
+        for _ in jobs:
+            yield done.get()
+
+
+def _on_one_worker(job: JobSpec, storage: Path, resources: Resources) -> None:
+    import ray
+
+    task = ray.remote(work).options(
+        num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_retries=2
+    )
+    ray.get(
+        task.remote(
+            job.kind,
+            job.run.to_dict(),
+            location_of(storage),
+            num_threads=resources.num_threads,
+            num_gpus=resources.gpus_per_worker,
+            num_sharing_runs=job.num_sharing_runs,
+        )
+    )

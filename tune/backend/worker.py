@@ -1,0 +1,229 @@
+"""What runs on Ray's workers: the border where dicts become configurations.
+
+Four carriers bring the same loop to a worker: a plain Ray task, a Tune trial, the helper of one, and a member of a Ray
+Train group. Functions here are small and are found by name on every node; torch is imported inside, where the work is.
+
+Most of these processes live from job to job, so every job begins by putting torch's and Python's global state where it
+is in a new process (`known_process_state`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from refilled.config import Precision, RunConfig
+from refilled.errors import UserError, storage_full
+
+if TYPE_CHECKING:
+    from refilled.training.compute import Compute
+
+Job = Literal["teacher", "run", "refit"]
+Row = dict[str, Any]
+Report = Callable[[Row], None]
+Body = Callable[..., None]
+"""`work`, or what a measurement puts in its place."""
+
+
+class WorkersLostError(Exception):
+    """Workers of a group ended again and again; the message says how."""
+
+
+STOP_SEARCH = "stop_search"
+"""Field of a last row: why the whole search cannot go on, which is not this trial's failure."""
+
+FINAL_ERRORS = (FloatingPointError, UserError, WorkersLostError)
+"""What would only come again: a run that diverged, bad input, workers that do not live."""
+
+
+def work(
+    job: Job,
+    config: Mapping[str, Any],
+    storage: str,
+    *,
+    num_threads: int,
+    num_gpus: float,
+    num_sharing_runs: int = 1,
+    share_embeddings: bool = False,
+    on_report: Report | None = None,
+) -> None:
+    """Do one job on this worker or this group of workers; what comes of it is in the run's folder.
+
+    Args:
+        job: pre-train the configuration's teacher, do its run, or do its run as a refit and read the test set.
+        config: of a `RunConfig`, as a dict.
+        storage: absolute path shared by all workers, or an object store's URL.
+        num_threads: of torch.
+        num_gpus: this worker's share; above 0 the run computes on its GPU.
+        num_sharing_runs: runs that ask the same teacher about the same images, and would share its bank.
+        share_embeddings: let a run take its embedding stage from another one (see `refilled.execution.execute`).
+        on_report: takes the rows.
+    """
+    from refilled.execution import execute, refit
+    from refilled.storage.mirror import open_storage
+    from refilled.teacher import pretrain_once
+
+    run, folder = RunConfig.from_dict(config), open_storage(storage)
+    with known_process_state(run.seed, num_threads):
+        compute = _compute(run.precision, num_gpus)
+        if job == "teacher":
+            pretrain_once(run, folder, compute)
+        elif job == "refit":
+            refit(run, folder, compute, on_report, num_sharing_runs=num_sharing_runs)
+        else:
+            execute(
+                run,
+                folder,
+                compute,
+                on_report,
+                num_sharing_runs=num_sharing_runs,
+                share_embeddings=share_embeddings,
+            )
+
+
+def trial(sample: Mapping[str, Any], *, arguments: Mapping[str, Any], body: Body = work) -> None:
+    """One Tune trial on one worker.
+
+    Args:
+        sample: what the searcher suggests; its `config` is a whole run.
+        arguments: of `work`, but for `job`, `config` and `on_report`.
+        body: takes the arguments of `work`.
+    """
+    import ray.tune
+
+    def train(report: Report) -> None:
+        body("run", sample["config"], **arguments, on_report=report)
+
+    with_last_word(train, ray.tune.report)
+
+
+def with_last_word(train: Callable[[Report], None], report: Report) -> None:
+    """Train, and make of an error that is final a last row, whose value is not a number, instead of raising it.
+
+    Tune would try a trial that raises again. Of this row the searcher makes a failed trial. It has `epoch`, the one
+    after the last that was reported; `val_accuracy`, NaN; `finished`, false; `diverged`, whether the loss was no longer
+    finite; and `failure`, the error's message. Where the disk is full the row has `stop_search`, what to do, instead of
+    the last two.
+    """
+    epoch = 0
+
+    def remember(row: Row) -> None:
+        nonlocal epoch
+        epoch = row["epoch"]
+        report(row)
+
+    try:
+        train(remember)
+    except Exception as error:
+        full = storage_full(error)
+        if full is not None:
+            reason: Row = {STOP_SEARCH: str(full)}
+        elif isinstance(error, FINAL_ERRORS):
+            reason = {"diverged": isinstance(error, FloatingPointError), "failure": str(error)}
+        else:
+            raise
+        report({"epoch": epoch + 1, "val_accuracy": math.nan, "finished": False, **reason})
+
+
+def train_fn_per_worker(arguments: dict[str, Any]) -> Exception | None:
+    """A member of a Ray Train group; where rows are wanted every member reports every row, as Ray Train asks.
+
+    Returns:
+        An error that is final: Ray Train would try again if it were raised.
+    """
+    import ray.train
+
+    wanted = dict(arguments)
+    if wanted.pop("reports"):
+        with_last_word(lambda report: work(**wanted, on_report=report), ray.train.report)
+        return None
+    try:
+        work(**wanted)
+    except FINAL_ERRORS as error:
+        return error
+    except OSError as error:
+        if full := storage_full(error):
+            return full
+        raise
+    return None
+
+
+@contextlib.contextmanager
+def known_process_state(seed: int, num_threads: int) -> Iterator[None]:
+    """Torch's and Python's global state as in a new process, whatever the job before left behind.
+
+    Modes that belong to a thread (gradients, inference, autocast, denormals) are set for the calling one. What a job
+    could only change by replacing parts of a library, and what a process can set once (torch's threads between
+    operators), is left alone.
+
+    Args:
+        seed: of torch's, NumPy's and Python's generators. No number of a run comes from them; should one ever, it
+            would depend on the run and not on what ran before.
+        num_threads: of torch.
+    """
+    import numpy as np
+    import torch
+
+    with torch.inference_mode(False):  # gradients on, in all their modes
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        torch.set_num_threads(num_threads)
+        torch.set_flush_denormal(False)
+        torch.autograd.set_detect_anomaly(False)
+        if torch.are_deterministic_algorithms_enabled():  # the setter loads torch's compiler, for 2 s
+            torch.use_deterministic_algorithms(False)
+        _reset_precision()
+        _reset_autocast()
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        # After so many graphs of one function torch.compile would run it as it is, which rounds differently. The
+        # module is loaded where something was compiled; loading it takes longer than a short trial.
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
+        yield
+
+
+def _reset_precision() -> None:
+    """How libraries multiply float32, and which of their algorithms they choose."""
+    import torch
+
+    backends = torch.backends
+    backends.fp32_precision = "none"  # type: ignore[attr-defined]  # a property of the module object
+    torch.set_float32_matmul_precision("highest")
+    for library, usual in ((backends.mkldnn, "none"), (backends.cudnn, "tf32")):
+        library.conv.fp32_precision = usual
+        library.rnn.fp32_precision = usual
+    backends.mkldnn.set_flags(True, False)  # type: ignore[no-untyped-call]
+    backends.cudnn.enabled = True
+    backends.cudnn.benchmark = False
+    backends.cudnn.deterministic = False
+    backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
+    backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+
+
+def _reset_autocast() -> None:
+    """Off, with the usual types, and without the weights that a trial that is over has left in its cache."""
+    import torch
+
+    for device, dtype in (("cpu", torch.bfloat16), ("cuda", torch.float16)):
+        torch.set_autocast_enabled(device, False)
+        torch.set_autocast_dtype(device, dtype)
+    depth = torch.autocast_increment_nesting()
+    while depth > 0:
+        depth = torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(True)
+
+
+def _compute(precision: Precision, num_gpus: float) -> Compute:
+    import torch
+
+    from refilled.training.compute import Compute
+
+    device = torch.device("cuda", torch.cuda.current_device()) if num_gpus else torch.device("cpu")
+    return Compute(device=device, precision=precision)

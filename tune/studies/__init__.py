@@ -1,0 +1,1 @@
+"""Which trial comes next, in which cell, and which one stops."""

@@ -1,0 +1,186 @@
+"""Which cell gets the next trial, and when the search has spent its budget.
+
+Every cell first gets an equal share of the trials and of the epochs. What is held back (`adaptive_share`), and what
+cells left unspent, then goes one by one to the cell whose winner is least certain. A cell of the method gets such a
+trial only when the vanilla student beside it has had one more, so that nobody compares a long search with a short one.
+
+By generations (`deterministic`) such trials are given out in rounds, each decided when nothing runs, and written down
+first; a search that continues finds the same decision.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from optuna.trial import TrialState
+
+from tune.studies.cell_study import CellStudy
+
+MOST_TIMES = 2  # a cell never gets more than this many times its share of the trials
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a search may spend beside the trials of its plans; fields as in `SearchConfig`."""
+
+    max_epochs_total: int | None = None
+    adaptive_share: float = 0.0
+    deadline_s: float | None = None
+    """On the clock of `time.monotonic`; no trial starts later, or that would miss it at the cell's pace so far."""
+
+
+class Allocation:
+    """Serves the cells of a search.
+
+    Args:
+        cells: in the order of their plans; donors come before those that they give to.
+        budget: of the search.
+        deterministic: decide only when what the decision looks at can no longer change.
+        transfer: let cells wait for their neighbours' winners where that leaves nobody idle (with `deterministic`:
+            always).
+    """
+
+    def __init__(self, cells: Sequence[CellStudy], budget: Budget, *, deterministic: bool, transfer: bool) -> None:
+        self._cells = list(cells)
+        self._by_key = {cell.plan.key: cell for cell in cells}
+        self._budget = budget
+        self._deterministic = deterministic
+        self._transfer = transfer
+        self._rounds = list(cells[0].study.user_attrs.get("rounds", [])) if deterministic else []
+        for cell in cells:
+            cell.allowed = cell.plan.num_trials - math.floor(cell.plan.num_trials * budget.adaptive_share)
+        for allowed in self._rounds:
+            self._allow(allowed)
+
+    def next_cell(self) -> tuple[CellStudy, int] | None:
+        """The cell that gets the next trial, and how many of its trials the budget has room for; none for now."""
+        open_cells = [cell for cell in self._cells if cell.remaining and self._room(cell)]
+        if self._deterministic:
+            if not open_cells and not any(cell.running for cell in self._cells) and self._begin_round():
+                open_cells = [cell for cell in self._cells if cell.remaining and self._room(cell)]
+            open_cells = [cell for cell in open_cells if cell.can_draw and self._is_ready(cell)]
+        elif not open_cells:
+            cell = self._least_certain(self._num_extra())
+            if cell is None:
+                return None
+            cell.allowed = cell.started + 1
+            return cell, 1
+        if not open_cells:
+            return None
+        cell = self._most_urgent(open_cells)
+        return cell, self._room(cell)
+
+    def is_settled(self, cell: CellStudy) -> bool:
+        """Whether the cell had its equal share, so that its winner is worth handing on."""
+        return cell.running == 0 and (cell.remaining == 0 or self._room(cell) == 0)
+
+    def donors(self, cell: CellStudy) -> list[CellStudy]:
+        """The neighbours that give their winners to a cell; none where transfer is off."""
+        return [self._by_key[key] for key in cell.plan.donors] if self._transfer else []
+
+    def _most_urgent(self, candidates: Sequence[CellStudy]) -> CellStudy:
+        """Cells whose donors are settled go first, a few trials side by side, so that winners can be handed on.
+
+        Without transfer, and where hours may end the search at any time, the cell that is furthest behind goes first.
+        """
+        if not self._transfer or self._budget.deadline_s is not None:
+            return min(candidates, key=lambda cell: cell.started / cell.plan.num_trials)
+        ready = [cell for cell in candidates if self._is_ready(cell)]
+        narrow = [cell for cell in ready if cell.running < max(2, cell.plan.num_trials // 4)]
+        begun = [cell for cell in candidates if cell.started]
+        return (narrow or ready or begun or list(candidates))[0]
+
+    def _is_ready(self, cell: CellStudy) -> bool:
+        return all(self.is_settled(donor) for donor in self.donors(cell))
+
+    def _room(self, cell: CellStudy) -> int:
+        """Trials for which the cell's share has room; a share has room for one trial at least."""
+        if self._misses_deadline(cell):
+            return 0
+        most = self._budget.max_epochs_total
+        if most is None or self._rounds:
+            return cell.remaining
+        share = max(int(most * (1 - self._budget.adaptive_share) / len(self._cells)), cell.plan.num_epochs)
+        left = (share - cell.epochs_spent - cell.epochs_reserved) // cell.plan.num_epochs
+        return max(0, min(cell.remaining, left))
+
+    def _misses_deadline(self, cell: CellStudy) -> bool:
+        deadline_s = self._budget.deadline_s
+        return deadline_s is not None and time.monotonic() + cell.trial_s >= deadline_s
+
+    def _num_extra(self) -> int:
+        """Trials that the budget still has for anyone; those of cells that gave up are nobody's."""
+        cells = [cell for cell in self._cells if not cell.gave_up]
+        left = sum(cell.plan.num_trials - cell.started for cell in cells)
+        if cells and self._budget.max_epochs_total is not None:
+            spent = sum(cell.epochs_spent + cell.epochs_reserved for cell in self._cells)
+            left = min(left, (self._budget.max_epochs_total - spent) // cells[0].plan.num_epochs)
+        return max(0, left)
+
+    def _least_certain(self, num_extra: int, granted: dict[str, int] | None = None) -> CellStudy | None:
+        """Who gets an extra trial, of `num_extra`, after those that are granted already."""
+        given = granted or {}
+
+        def started(cell: CellStudy) -> int:
+            return cell.started + given.get(cell.plan.key, 0)
+
+        candidates = [
+            cell
+            for cell in self._cells
+            if not cell.gave_up
+            and not self._misses_deadline(cell)
+            and started(cell) < MOST_TIMES * cell.plan.num_trials
+        ]
+        if not candidates or num_extra <= 0:
+            return None
+        # A cell that got extra trials in this round already is taken to be surer by as many.
+        cell = max(candidates, key=lambda each: uncertainty(each) / (1 + given.get(each.plan.key, 0)))
+        baseline = self._by_key.get(cell.plan.baseline or "")
+        if baseline is not None and not baseline.gave_up and started(baseline) <= started(cell):
+            return baseline
+        return cell
+
+    def _begin_round(self) -> bool:
+        """Give out half of what is left, or all of it once that is little; whether there was anything."""
+        num_extra = self._num_extra()
+        granted: dict[str, int] = {}
+        for _ in range(num_extra if num_extra <= len(self._cells) else (num_extra + 1) // 2):
+            cell = self._least_certain(num_extra, granted)
+            if cell is None:
+                break
+            granted[cell.plan.key] = granted.get(cell.plan.key, 0) + 1
+        if not granted:
+            return False
+        allowed = {cell.plan.key: cell.done + granted.get(cell.plan.key, 0) for cell in self._cells}
+        self._rounds.append(allowed)
+        self._cells[0].study.set_user_attr("rounds", self._rounds)
+        self._allow(allowed)
+        return True
+
+    def _allow(self, allowed: dict[str, int]) -> None:
+        for key, count in allowed.items():
+            self._by_key[key].allowed = count
+
+
+def uncertainty(cell: CellStudy) -> float:
+    """Probability that a cell's winner is not the best that could be named, in [0, 1].
+
+    Either chance alone put it before another trial: values are shares of n validation images, so each has a standard
+    error of sqrt(p (1 - p) / n), and the difference of two has sqrt(2) times that. Or a next trial beats it, which for
+    exchangeable trials happens with probability 1 / (number of trials + 1). A cell without a whole trial is uncertain.
+    """
+    trials = cell.trials()
+    values = sorted((trial.value or 0.0 for trial in trials if trial.state == TrialState.COMPLETE), reverse=True)
+    if not values:
+        return 1.0
+    num_ended = sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials)
+    images = cell.plan.num_validation_images
+    best = min(max(values[0], 0.0), 1.0)
+    error = math.sqrt(2 * max(best * (1 - best), 0.5 / images) / images)
+    is_best = 1 - 1 / (num_ended + 1)
+    for value in values[1:]:
+        is_best *= 1 - 0.5 * math.erfc((values[0] - value) / (error * math.sqrt(2)))
+    return 1 - is_best
