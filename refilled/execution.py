@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from refilled import distributed
 from refilled.config import RunConfig
 from refilled.embedding_cache.bank import bank_for
 from refilled.errors import UserError
-from refilled.methods import needs_teacher
-from refilled.shared_stage import SharedStage, embedding_key, embeddings_of, has_embedding_stage
+from refilled.identity import run_key
+from refilled.methods import has_embedding_stage
+from refilled.shared_stage import SharedStage, embedding_key, embeddings_of
+from refilled.stages import complete, needs_teacher
 from refilled.storage import mirror
-from refilled.storage.run_folder import Row, RunFolder, run_key
+from refilled.storage.model_file import load_model
+from refilled.storage.run_folder import Row, RunFolder
 from refilled.storage.store import only_here, read_json, write_json
 from refilled.tasks.classification import Task, load_task, load_test_images
-from refilled.teacher import FrozenTeacher, load_model, pretrain_once
+from refilled.teacher import FrozenTeacher, pretraining_run, teacher_folder
 from refilled.training.carrier import FolderCarrier
 from refilled.training.compute import Compute
 from refilled.training.evaluation import accuracy
@@ -34,6 +38,22 @@ def run_folder(config: RunConfig, storage: Path) -> RunFolder:
     """The folder of a run, whether or not it exists yet."""
     task = load_task(config, cache_of(storage))
     return RunFolder(storage / "runs" / run_key(config, task.spaces, task.data_digest))
+
+
+def pretrain_once(config: RunConfig, storage: Path, compute: Compute) -> RunFolder:
+    """The folder of the finished teacher, trained here unless it exists or others are at it."""
+    folder = teacher_folder(config, storage)
+    if distributed.agree(folder.result() is not None):
+        folder.complete()
+        return folder
+    with only_here(folder.path):
+        if not distributed.agree(folder.result() is not None):
+            pretraining = pretraining_run(config)
+            task = load_task(pretraining, storage / "cache")
+            if distributed.rank() == 0:
+                folder.create(*_about(pretraining, task))
+            run(pretraining, task, None, FolderCarrier(folder), compute)
+    return folder
 
 
 def execute(
@@ -70,7 +90,7 @@ def execute(
             carrier.repeat(distributed.from_rank_zero(folder.rows()))
             return row
         if distributed.rank() == 0:
-            folder.create(config, task)
+            folder.create(*_about(config, task))
         teacher = _teacher(config, task, storage, compute, num_sharing_runs)
         shared = _shared_stage(config, task, teacher, folder, storage, compute) if share_embeddings else None
         return run(config, task, teacher, carrier, compute, shared)
@@ -100,12 +120,23 @@ def refit(
         if not distributed.agree(_is_tested(path)):
             task = load_task(config, cache_of(storage))
             test = load_test_images(config, cache_of(storage), task.spaces.student)
-            student = load_model(folder.path / "model.pt", compute)
+            student = compute.place_model(load_model(folder.path / "model.pt"))
             value = accuracy(student, test, task.normalization, compute)
             if distributed.rank() == 0:
                 write_json(path, {"test_accuracy": value, "num_images": len(test.labels), "test_digest": test.digest})
             distributed.agree(True)  # nobody reads the file before it is there
     return float(read_json(path)["test_accuracy"])
+
+
+def _about(config: RunConfig, task: Task) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What a run's folder says the run is, its terms' defaults written out; and the student's classes."""
+    about = {
+        "config": complete(config).to_dict(),
+        "teacher_classes": task.spaces.teacher,
+        "student_classes": task.spaces.student,
+        "data_digest": task.data_digest,
+    }
+    return about, task.spaces.student
 
 
 def _is_tested(path: Path) -> bool:
@@ -131,7 +162,7 @@ def _teacher(
 def _shared_stage(
     config: RunConfig, task: Task, teacher: FrozenTeacher | None, folder: RunFolder, storage: Path, compute: Compute
 ) -> SharedStage | None:
-    if teacher is None or not has_embedding_stage(config):
+    if teacher is None or not has_embedding_stage(config.method):
         return None
     return SharedStage(
         path=embeddings_of(storage) / embedding_key(config, task.spaces, task.data_digest),

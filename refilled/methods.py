@@ -1,182 +1,90 @@
-"""Which losses make up which method.
+"""Which loss terms make up which method: a table.
 
-student         cross-entropy (Eq. 1)
-kd              cross-entropy + distillation of the teacher's own classes (Eq. 2)
-refilled_emb    comparison matching (Eq. 5), then cross-entropy
-refilled_lkd    cross-entropy + local distillation (Eq. 8) from scratch
-refilled_minus  comparison matching, then cross-entropy + local distillation (Eq. 5, 8)
-refilled        comparison matching, then cross-entropy + adaptively weighted local distillation (Eq. 5, 10)
+A method is written as the names of its terms, `+` between the terms of a stage and `>` between stages. The last stage
+is `classifier`, which trains the whole student; a stage before it is `embedding`, which trains all but the head. A term
+that is not the package's own is `path/file.py:Name`.
+
+This table knows names alone; `refilled.terms` has the terms, and `refilled.stages` puts both together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from refilled.config import (
-    METHODS_WITH_EMBEDDING_STAGE,
-    METHODS_WITHOUT_TEACHER,
-    ClassifierConfig,
-    EmbeddingConfig,
-    RunConfig,
-    ScheduleConfig,
-)
-from refilled.losses import (
-    comparison_matching,
-    instance_weights,
-    local_distillation,
-    teacher_posterior,
-    truncated_comparison_matching,
-)
+from refilled.errors import UserError
 
 StageName = Literal["embedding", "classifier"]
 
+METHODS: Mapping[str, str] = {
+    "student": "cross_entropy",  # Eq. 1
+    "kd": "cross_entropy+kd",  # Eq. 2
+    "refilled_emb": "comparison>cross_entropy",  # Eq. 5, then 1
+    "refilled_lkd": "cross_entropy+lkd",  # Eq. 8 from scratch
+    "refilled_minus": "comparison>cross_entropy+lkd",  # Eq. 5, then 8
+    "refilled": "comparison>cross_entropy+weighted_lkd",  # Eq. 5, then 10
+    "rkd": "rkd>cross_entropy",  # as the paper runs it, section 5.1.2
+    "aml": "aml>cross_entropy",  # likewise
+    "fitnet": "cross_entropy+fitnet",
+    "at": "cross_entropy+at",
+    "vid": "cross_entropy+vid",
+    "crd": "cross_entropy+crd",
+}
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a run: its name, length and schedule."""
+VANILLA = "student"
+"""The method that has no teacher, beside which the others are judged."""
 
-    name: StageName
-    num_epochs: int
-    schedule: ScheduleConfig
-
-
-@dataclass(frozen=True)
-class TeacherSignal:
-    """What the frozen teacher says of a global batch.
-
-    Attributes:
-        embedding: [B, D].
-        prototypes: [C, D], class means of the student's classes in the teacher's space (Eq. 6).
-        logits: from embeddings to the teacher's own class scores, [B, D] -> [B, C'].
-    """
-
-    embedding: Tensor
-    prototypes: Tensor
-    logits: Callable[[Tensor], Tensor]
+_USER_TERM = r"[^+>:\s][^+>:]*\.py:[A-Za-z_][A-Za-z0-9_]*"
+_TERM = re.compile(rf"[a-z][a-z0-9_]*|{_USER_TERM}")
+_USER = re.compile(_USER_TERM)
 
 
-def stages_of(config: RunConfig) -> tuple[Stage, ...]:
-    """The stages of a method, in order. A method without stage `embedding` ignores its epochs."""
-    classifier = Stage("classifier", config.epochs[1], config.classifier.schedule)
-    if config.method in METHODS_WITH_EMBEDDING_STAGE:
-        return Stage("embedding", config.epochs[0], config.embedding.schedule), classifier
-    return (classifier,)
-
-
-def num_epochs_of(config: RunConfig) -> int:
-    """Epochs of a whole run."""
-    return sum(stage.num_epochs for stage in stages_of(config))
-
-
-def needs_teacher(config: RunConfig, stage: StageName | None = None) -> bool:
-    """Whether a method asks the teacher, in any stage or in the given one."""
-    if config.method in METHODS_WITHOUT_TEACHER:
-        return False
-    return stage != "classifier" or config.method != "refilled_emb"
-
-
-def embedding_loss(
-    config: EmbeddingConfig,
-    student_embedding: Tensor,
-    teacher_embedding: Tensor,
-    labels: Tensor,
-    largest_class: int | None = None,
-) -> Tensor:
-    """Loss of stage `embedding`: weight x student temperature² x comparison matching (Eq. 5).
-
-    The square makes the gradient's size independent of the temperature, as in distillation (Hinton et al., 2015), so
-    that temperature, weight and learning rate can be searched apart from each other. The authors' code multiplies by
-    1000 at temperature 4 instead, which is a weight of 62.5 here.
+@lru_cache(maxsize=256)
+def terms_of(method: str) -> Mapping[StageName, tuple[str, ...]]:
+    """The names of a method's terms by stage, stages in the order in which they are trained.
 
     Args:
-        config: of the stage.
-        student_embedding: [B, Ds].
-        teacher_embedding: [B, Dt].
-        labels: int64 [B].
-        largest_class: images of the batch's largest class, where the caller knows them.
+        method: A name of the table, a composition, or one term of the user's, which stands beside cross-entropy.
+
+    Raises:
+        UserError: It is none of these.
     """
-    student_temperature = config.student_temperature or config.temperature
-    if config.tuples == "batch_minimum":
-        matching = truncated_comparison_matching(
-            student_embedding,
-            teacher_embedding,
-            labels,
-            temperature=config.temperature,
-            margin=config.margin,
-            student_temperature=student_temperature,
+    text = METHODS.get(method, method)
+    if _USER.fullmatch(text):
+        text = f"cross_entropy+{text}"
+    stages = [tuple(stage.split("+")) for stage in text.split(">")]
+    is_composed = ">" in text or "+" in text or method in METHODS
+    whole = is_composed and len(stages) <= 2 and all(_TERM.fullmatch(term) for stage in stages for term in stage)
+    if not whole or any(len(set(stage)) < len(stage) for stage in stages):
+        raise UserError(
+            f"method must be one of {', '.join(METHODS)}, or terms by stage such as "
+            f"'rkd>cross_entropy+lkd' or 'path/file.py:Name', got {_shown(method)}."
         )
-    else:
-        matching = comparison_matching(
-            student_embedding,
-            teacher_embedding,
-            labels,
-            temperature=config.temperature,
-            max_negatives=config.max_negatives,
-            margin=config.margin,
-            student_temperature=student_temperature,
-            largest_class=largest_class,
-        )
-    return config.weight * student_temperature**2 * matching
+    names: tuple[StageName, ...] = ("embedding", "classifier")
+    return dict(zip(names[-len(stages) :], stages, strict=True))
 
 
-def classifier_loss(
-    config: RunConfig, student_logits: Tensor, labels: Tensor, classes: Tensor, teacher: TeacherSignal | None
-) -> Tensor:
-    """Loss of stage `classifier`: weight x (cross-entropy + lambda x student temperature² x distillation).
-
-    Args:
-        config: of the run.
-        student_logits: [B, C].
-        labels: int64 [B].
-        classes: int64 [|S|], the classes of the global batch.
-        teacher: its signal; none where the method has no distillation term.
-    """
-    stage = config.classifier
-    loss = F.cross_entropy(student_logits, labels)
-    if teacher is not None:
-        student_temperature = stage.student_temperature or stage.temperature
-        distillation = _distillation(config, student_logits, classes, teacher, student_temperature)
-        loss = loss + stage.distill_weight * student_temperature**2 * distillation
-    return stage.weight * loss
+def composition(method: str) -> str:
+    """The method as terms by stage, whatever name it has: `comparison>cross_entropy+lkd`."""
+    return ">".join("+".join(terms) for terms in terms_of(method).values())
 
 
-def _distillation(
-    config: RunConfig, student_logits: Tensor, classes: Tensor, teacher: TeacherSignal, student_temperature: float
-) -> Tensor:
-    if config.method == "kd":  # Eq. 2: the teacher's own classes are the student's, in the same order
-        everything = torch.arange(student_logits.shape[1], device=student_logits.device)
-        posterior = torch.softmax(teacher.logits(teacher.embedding) / config.classifier.temperature, dim=1)
-        ones = torch.ones_like(posterior[:, 0])
-        return local_distillation(student_logits, posterior, everything, ones, temperature=student_temperature)
-    stage = config.classifier
-    posterior = teacher_posterior(
-        teacher.embedding, teacher.prototypes, classes, form=stage.posterior, temperature=stage.temperature
-    )
-    weights = _weights(stage, config.method, posterior, student_logits, classes, teacher, student_temperature)
-    return local_distillation(student_logits, posterior, classes, weights, temperature=student_temperature)
+def has_embedding_stage(method: str) -> bool:
+    """Whether a method trains the embedding before the classifier."""
+    return "embedding" in terms_of(method)
 
 
-def _weights(
-    stage: ClassifierConfig,
-    method: str,
-    posterior: Tensor,
-    student_logits: Tensor,
-    classes: Tensor,
-    teacher: TeacherSignal,
-    student_temperature: float,
-) -> Tensor:
-    rule = stage.instance_weight if method == "refilled" else "none"  # the adaptive weight is what sets REFILLED apart
-    return instance_weights(
-        posterior,
-        rule=rule,
-        student_posterior=(
-            torch.softmax(student_logits[:, classes].detach() / student_temperature, dim=1) if rule == "gap" else None
-        ),
-        teacher_logits=teacher.logits(teacher.embedding) if rule == "own_head" else None,
-    )
+def user_terms(method: str) -> tuple[str, ...]:
+    """Those of a method's terms that are `path/file.py:Name`."""
+    return tuple(term for terms in terms_of(method).values() for term in terms if is_users(term))
+
+
+def is_users(name: str) -> bool:
+    """Whether a name has the form `path/file.py:Name`, of something in a file of the user's own."""
+    return _USER.fullmatch(name) is not None
+
+
+def _shown(method: str) -> str:
+    return repr(method) if len(method) <= 80 else f"{method[:80]!r}..."

@@ -8,13 +8,14 @@ from refilled.config import RunConfig
 from refilled.data.batches import epoch_batches
 from refilled.data.images import make_image_set
 from refilled.keyed import derive_seed, keyed_permutation
-from refilled.methods import StageName, stages_of
+from refilled.methods import StageName
 from refilled.models import Model
+from refilled.stages import stages_of
 from refilled.tasks.classification import Task
 from refilled.teacher import FrozenTeacher
-from refilled.training import loop as training
 from refilled.training.compute import Compute
-from refilled.training.optim import build_optimizer
+from refilled.training.learner import begin_stage, make_learner, optimizer_of
+from refilled.training.step import step
 
 
 class Steps:
@@ -28,10 +29,11 @@ class Steps:
     def __init__(
         self, config: RunConfig, task: Task, teacher: FrozenTeacher | None, compute: Compute, name: StageName
     ) -> None:
-        self._learner = training._make_learner(config, task, teacher, compute)
+        self._learner = make_learner(config, task, teacher, compute)
         self.student: Model = self._learner.student
         self._stage = next(stage for stage in stages_of(config) if stage.name == name)
-        self.optimizer = build_optimizer(training._parameters(self.student, self._stage), config.optimizer)
+        begin_stage(self._learner, self._stage)
+        self.optimizer = optimizer_of(self._learner, self._stage)
         self.student.train()
         self._epoch = 0
 
@@ -44,7 +46,7 @@ class Steps:
             seed=config.seed,
             epoch=self._epoch,
         )
-        training._step(self._learner, self._stage, self.optimizer, next(batches), self._epoch)
+        step(self._learner, self._stage, self.optimizer, next(batches), self._epoch)
         self._epoch += 1
 
 

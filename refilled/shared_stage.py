@@ -22,51 +22,30 @@ import torch
 from torch import Tensor, nn
 
 from refilled import distributed
-from refilled.config import METHODS_WITH_EMBEDDING_STAGE, ClassifierConfig, RunConfig
+from refilled.config import RunConfig
 from refilled.data.label_space import LabelSpaces
 from refilled.errors import UserError
+from refilled.identity import determines_later_stages_only, stage_key
 from refilled.storage import mirror
-from refilled.storage.run_folder import Row, RunFolder, run_key
+from refilled.storage.run_folder import Row, RunFolder
 from refilled.storage.store import only_here, read_json, write_json
 from refilled.storage.tensor_file import load_tensors, save_tensors
 
-# What stage embedding does not read, and what stands for it. Everything else is taken to determine the stage, but for
-# what no run's numbers depend on (see `run_key`). Of `epochs` stage classifier's number is left out beside these: a
-# stage's learning rate and its draws know nothing of the epochs after it.
-_NOT_READ: dict[str, object] = {"method": "refilled", "classifier": ClassifierConfig()}
-_NEVER_READ = ("checkpoint_every", "bank.mode", "bank.max_gib")  # which `run_key` leaves out of every run's identity
-
 _log = logging.getLogger(__name__)
-
-
-def has_embedding_stage(config: RunConfig) -> bool:
-    """Whether there is a stage to share."""
-    return config.method in METHODS_WITH_EMBEDDING_STAGE
 
 
 def embedding_key(config: RunConfig, spaces: LabelSpaces, data_digest: str) -> str:
     """Content hash of everything that determines a finished embedding stage, rows and weights, followed by its seed.
 
-    It is the key of the run that has the same stage and nothing else of its own, so what determines a run's numbers,
-    the teacher's recipe included, determines the stage's too unless it is named here as not read.
-
     Raises:
-        ValueError: the method has no such stage.
+        ValueError: The method has no such stage.
     """
-    if not has_embedding_stage(config):
-        raise ValueError(f"method {config.method} has no stage embedding")
-    plain = config.with_overrides(_NOT_READ | {"epochs": (config.epochs[0], 1)})
-    return run_key(plain, spaces, data_digest)
+    return stage_key(config, spaces, data_digest)
 
 
-def determines_embedding(name: str) -> bool:
-    """Whether another value of a setting may make another embedding stage.
-
-    Args:
-        name: dotted, of a `RunConfig` or derived from one of its parts (`embedding.schedule.first_milestone`). The
-            answer is yes for a name that is not known, and for `epochs`, of which stage embedding has the first.
-    """
-    return name.partition(".")[0] not in _NOT_READ and name not in _NEVER_READ
+def determines_embedding(name: str, config: RunConfig) -> bool:
+    """Whether another value of a setting, named by its dotted name, may make another embedding stage of a run."""
+    return not determines_later_stages_only(name, config)
 
 
 def embeddings_of(storage: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The teacher: pre-trained once, frozen, asked for embeddings.
+"""The teacher: pre-trained once, frozen, asked for embeddings, scores and feature maps.
 
 A teacher is itself a run: the vanilla student of its own architecture on the teacher's classes, in a folder named by
 content hash, so any trial on any node finds it again, a killed pre-training continues, and two trials that need it at
@@ -10,27 +10,25 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from refilled import distributed
 from refilled.config import ClassifierConfig, RunConfig, content_hash
 from refilled.errors import UserError
-from refilled.methods import TeacherSignal
-from refilled.models import Model, build_model
+from refilled.identity import run_key
+from refilled.models import Model
 from refilled.storage import mirror
-from refilled.storage.run_folder import RunFolder, run_key
-from refilled.storage.store import only_here
+from refilled.storage.model_file import load_model
+from refilled.storage.run_folder import RunFolder
 from refilled.storage.tensor_file import load_tensors, save_tensors
 from refilled.tasks.classification import Task, load_task
-from refilled.training.carrier import FolderCarrier
+from refilled.terms import TeacherOutput
+from refilled.terms.base import wide
 from refilled.training.compute import Compute
 from refilled.training.evaluation import class_means
-
-if TYPE_CHECKING:
-    from refilled.embedding_cache.bank import Bank  # which asks the teacher
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +58,7 @@ def pretraining_run(config: RunConfig) -> RunConfig:
         classifier=ClassifierConfig(schedule=recipe.schedule),
         optimizer=recipe.optimizer,
         views=config.views,
+        sources=config.sources,
     )
 
 
@@ -70,22 +69,11 @@ def teacher_folder(config: RunConfig, storage: Path) -> RunFolder:
     return RunFolder(storage / "teachers" / run_key(pretraining, task.spaces, task.data_digest))
 
 
-def pretrain_once(config: RunConfig, storage: Path, compute: Compute) -> RunFolder:
-    """The folder of the finished teacher, trained here unless it exists or others are at it."""
-    from refilled.training.loop import run  # a teacher is a run, and a run may need a teacher
+class KnownEmbeddings(Protocol):
+    """What the teacher says of training images and views, where that is known already."""
 
-    folder = teacher_folder(config, storage)
-    if distributed.agree(folder.result() is not None):
-        folder.complete()
-        return folder
-    with only_here(folder.path):
-        if not distributed.agree(folder.result() is not None):
-            pretraining = pretraining_run(config)
-            task = load_task(pretraining, storage / "cache")
-            if distributed.rank() == 0:
-                folder.create(pretraining, task)
-            run(pretraining, task, None, FolderCarrier(folder), compute)
-    return folder
+    def embed(self, image_ids: Tensor, view_ids: Tensor) -> Tensor:
+        """Embeddings [B, D] by image and view, int64 [B] each."""
 
 
 class FrozenTeacher:
@@ -94,6 +82,9 @@ class FrozenTeacher:
     Attributes:
         identity: hash of its configuration and weights.
         embedding_dim: D.
+        num_classes: C', of its own head.
+        feature_channels: Channels of every feature map.
+        borders_end_in_relu: As `Model.borders_end_in_relu`.
         prototypes: [C, D] class means of the student's classes over the whole training split, unaugmented (Eq. 6).
         bank: what it says of every training image and view, where that is known already.
     """
@@ -106,8 +97,11 @@ class FrozenTeacher:
         self._rounding = rounding
         self.identity = identity
         self.embedding_dim = model.embedding_dim
+        self.num_classes = model.num_classes
+        self.feature_channels = model.feature_channels
+        self.borders_end_in_relu = model.borders_end_in_relu
         self.prototypes = prototypes
-        self.bank: Bank | None = None
+        self.bank: KnownEmbeddings | None = None
 
     @classmethod
     def load(cls, config: RunConfig, task: Task, storage: Path, compute: Compute) -> FrozenTeacher:
@@ -120,7 +114,7 @@ class FrozenTeacher:
             compute: device and precision.
         """
         folder = teacher_folder(config, storage)
-        model = load_model(folder.path / "model.pt", compute)
+        model = compute.place_model(load_model(folder.path / "model.pt"))
         weights = hashlib.sha256((folder.path / "model.pt").read_bytes()).hexdigest()
         identity = content_hash([folder.path.name, weights])
         path = storage / "prototypes" / f"{content_hash([identity, task.train.digest, config.precision])}.pt"
@@ -148,6 +142,13 @@ class FrozenTeacher:
             return self.bank.embed(image_ids, view_ids)
         return self.embed_live(images).to(self._rounding).to(self._compute.dtype)
 
+    def output(self, images: Tensor) -> TeacherOutput:
+        """Embedding, rounded like `embed`'s, and maps of normalised images [B, C, H, W], by running the network."""
+        with torch.no_grad():
+            output = self._compute.forward(self._model, images)
+        embedding = output.embedding.to(self._rounding).to(self._compute.dtype)
+        return TeacherOutput(embedding, tuple(wide(each) for each in output.features))
+
     def embed_live(self, images: Tensor) -> Tensor:
         """Embeddings [B, D] of normalised images [B, C, H, W], by running the network, unrounded."""
         with torch.no_grad():
@@ -158,10 +159,6 @@ class FrozenTeacher:
         with torch.no_grad():
             scores: Tensor = self._model.head(embedding)
         return scores
-
-    def signal(self, embedding: Tensor) -> TeacherSignal:
-        """What the losses ask of the teacher for a global batch's embeddings [B, D]."""
-        return TeacherSignal(embedding=embedding, prototypes=self.prototypes, logits=self.logits)
 
 
 def _kept_prototypes(path: Path) -> Tensor | None:
@@ -174,39 +171,3 @@ def _kept_prototypes(path: Path) -> Tensor | None:
         _log.warning("%s must hold prototypes, but does not (%s); they are computed again.", path, error)
         return None
     return prototypes
-
-
-def model_state(config: RunConfig, task: Task, model: nn.Module) -> dict[str, object]:
-    """What `model.pt` holds: the weights and what is needed to build and use the model."""
-    return {
-        "architecture": config.student,
-        "classes": list(task.spaces.student),
-        "image_shape": list(task.train.images.shape[1:]),
-        "dropout": config.optimizer.dropout,
-        "mean": task.normalization.mean,
-        "std": task.normalization.std,
-        "weights": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
-    }
-
-
-def load_model(path: Path, compute: Compute) -> Model:
-    """Build the model that `model_state` described.
-
-    Raises:
-        UserError: when the file is missing, damaged, or does not hold such a model.
-    """
-    state = load_tensors(path)
-    try:
-        channels, height, _ = state["image_shape"]
-        model = build_model(
-            state["architecture"],
-            num_classes=len(state["classes"]),
-            in_channels=channels,
-            image_size=height,
-            dropout=state["dropout"],
-            seed=0,
-        )
-        model.load_state_dict(state["weights"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} must hold a model that this version wrote, but does not.") from error
-    return compute.place_model(model)

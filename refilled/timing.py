@@ -24,16 +24,19 @@ from refilled.data.views import Views
 from refilled.embedding_cache.bank import bank_for
 from refilled.embedding_cache.site import BATCH_SIZE
 from refilled.keyed import derive_seed
-from refilled.methods import StageName, needs_teacher, stages_of
+from refilled.methods import StageName
 from refilled.models import build_model
 from refilled.rehearsal import Steps, some_of
+from refilled.stages import needs_teacher, stages_of
+from refilled.storage.model_file import load_model
 from refilled.storage.run_folder import RunFolder
 from refilled.storage.tensor_file import save_tensors
 from refilled.tasks.classification import Task, load_task
-from refilled.teacher import FrozenTeacher, load_model, model_state, pretraining_run
+from refilled.teacher import FrozenTeacher, pretraining_run
 from refilled.training.carrier import FolderCarrier
 from refilled.training.compute import Compute
 from refilled.training.evaluation import EVALUATION_BATCH_SIZE, accuracy, nearest_mean_accuracy
+from refilled.training.learner import state_of_student
 
 # What takes less than a block is repeated to fill one: a processor that others use too stops a step now and then, which
 # adds up over a run but which the median of single steps would not see.
@@ -136,10 +139,11 @@ class _Measurement:
         if self._banked is not None:
             self._banked.bank = bank_for(self._config, self._task, self._banked, self._folder, self._compute)
         steps: dict[tuple[str, str], float] = {}
-        for name in self._names:
+        for stage in stages_of(self._config):
+            name = stage.name
             self.step = self._stage(name, self._banked)
             steps[name, "bank"] = self._median_s(self.step)
-            live = self._live is not None and needs_teacher(self._config, name)
+            live = self._live is not None and stage.needs_teacher
             steps[name, "live"] = self._median_s(self._stage(name, self._live)) if live else steps[name, "bank"]
         accuracy_s, nearest_mean_s = self._validation_s()
         return StepTimes(
@@ -238,20 +242,20 @@ class _Measurement:
         if self._live is not None:
             pretraining = dataclasses.replace(self._config, student=self._config.teacher)
             student = Steps(pretraining, self._task, None, self._compute, "classifier").student
-            save_tensors(teacher, model_state(pretraining, self._task, student))
+            save_tensors(teacher, state_of_student(pretraining, self._task, student))
 
         def surround() -> None:
             load()
             step = self._stage("classifier", None)
             self._create()
             if teacher.exists():
-                load_model(teacher, self._compute)
-            RunFolder(self._folder / "run").finish({}, model_state(self._config, self._task, step.student))
+                self._compute.place_model(load_model(teacher))
+            RunFolder(self._folder / "run").finish({}, state_of_student(self._config, self._task, step.student))
 
         return self._median_s(surround, warm=True)
 
     def _create(self) -> None:
-        RunFolder(self._folder / "run").create(self._config, self._task)
+        RunFolder(self._folder / "run").create(self._config.to_dict(), self._task.spaces.student)
 
     def _peak_bytes(self) -> int:
         if self._compute.device.type != "cuda":

@@ -4,39 +4,44 @@ from refilled.config.bank import BankConfig
 from refilled.config.base import Config, content_hash
 from refilled.config.parts import (
     ClassifierConfig,
+    ComparisonConfig,
     EmbeddingConfig,
+    KdConfig,
+    LkdConfig,
     OptimizerConfig,
     ScheduleConfig,
     TeacherConfig,
+    TermConfig,
     ViewConfig,
+    WeightedLkdConfig,
 )
-from refilled.config.run import (
-    METHODS,
-    METHODS_WITH_EMBEDDING_STAGE,
-    METHODS_WITHOUT_TEACHER,
-    PRECISIONS,
-    Method,
-    Precision,
-    RunConfig,
-)
+from refilled.config.run import PRECISIONS, Precision, RunConfig
 from refilled.config.search import SearchConfig
+from refilled.config.searched import Choice, Float, Searched
+from refilled.config.tables import Sources, TermSettings
 
 __all__ = [
-    "METHODS",
-    "METHODS_WITHOUT_TEACHER",
-    "METHODS_WITH_EMBEDDING_STAGE",
     "PRECISIONS",
     "BankConfig",
+    "Choice",
     "ClassifierConfig",
+    "ComparisonConfig",
     "Config",
     "EmbeddingConfig",
-    "Method",
+    "Float",
+    "KdConfig",
+    "LkdConfig",
     "OptimizerConfig",
     "Precision",
     "RunConfig",
     "ScheduleConfig",
     "SearchConfig",
+    "Searched",
+    "Sources",
     "TeacherConfig",
+    "TermConfig",
+    "TermSettings",
     "ViewConfig",
+    "WeightedLkdConfig",
     "content_hash",
 ]

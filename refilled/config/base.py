@@ -29,7 +29,7 @@ _short.maxtuple = _short.maxlist = _short.maxdict = 20
 def require(condition: bool, field_name: str, requirement: str, value: object) -> None:
     """Raise the sentence of a refused field unless the condition holds."""
     if not condition:
-        raise UserError(f"{field_name} must be {requirement}, got {_shown(value)}.")
+        raise UserError(f"{field_name} must be {requirement}, got {shown(value)}.")
 
 
 def is_positive(value: float) -> bool:
@@ -42,7 +42,8 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dict, ready for JSON (tuples stay tuples in memory, become lists in JSON)."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: value.to_dict() if isinstance(value, Config) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -55,7 +56,7 @@ class Config:
         """
         require(isinstance(values, Mapping), cls.__name__, "an object of settings", values)
         hints = typing.get_type_hints(cls)
-        unknown = sorted(_shown(name) for name in values if name not in hints)
+        unknown = sorted(shown(name) for name in values if name not in hints)
         if unknown:
             raise UserError(f"Unknown setting {unknown[0]}; {cls.__name__} has {', '.join(sorted(hints))}.")
         made: dict[str, Any] = {}
@@ -65,7 +66,7 @@ class Config:
                 made[name] = value if isinstance(value, hint) else hint.from_dict(value)
             else:
                 made[name] = tuple(value) if isinstance(value, list) else value
-                require(_is_of(made[name], hint), f"{cls.__name__}.{name}", _wanted(hint), value)
+                require(is_value_of(made[name], hint), f"{cls.__name__}.{name}", _wanted(hint), value)
         return cls(**made)
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
@@ -82,13 +83,13 @@ class Config:
             head, _, tail = dotted.partition(".")
             if head not in names or (tail and not isinstance(getattr(self, head), Config)):
                 raise UserError(
-                    f"Unknown setting {_shown(dotted)}; {type(self).__name__} has {', '.join(sorted(names))}."
+                    f"Unknown setting {shown(dotted)}; {type(self).__name__} has {', '.join(sorted(names))}."
                 )
             if tail:
                 nested.setdefault(head, {})[tail] = value
             else:
                 changes[head] = tuple(value) if isinstance(value, list) else value
-                require(_is_of(changes[head], hints[head]), dotted, _wanted(hints[head]), value)
+                require(is_value_of(changes[head], hints[head]), dotted, _wanted(hints[head]), value)
         for head, inner in nested.items():
             changes[head] = changes.get(head, getattr(self, head)).with_overrides(inner)
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
@@ -114,18 +115,18 @@ def content_hash(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _is_of(value: object, hint: Any) -> bool:
+def is_value_of(value: object, hint: Any) -> bool:
     """Whether a plain value is of a field's type, numbers finite and of at most 64 bits."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return isinstance(value, str) and value in parts
     if origin in (types.UnionType, typing.Union):
-        return any(_is_of(value, part) for part in parts)
+        return any(is_value_of(value, part) for part in parts)
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
         wanted = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-        return len(wanted) == len(value) and all(map(_is_of, value, wanted))
+        return len(wanted) == len(value) and all(map(is_value_of, value, wanted))
     if hint is int or hint is float:
         numbers = (int, float) if hint is float else (int,)
         return isinstance(value, numbers) and not isinstance(value, bool) and _is_representable(value)
@@ -151,7 +152,7 @@ def _wanted(hint: Any) -> str:
     return words.get(hint, "none" if hint is types.NoneType else hint.__name__)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value as Python writes it, but short, whatever it is."""
     try:
         return _short.repr(value)

@@ -41,8 +41,16 @@ class ScheduleConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddingConfig(Config):
-    """Stage `embedding`: comparison matching, Eq. 3-5. Its loss is weight x student temperature² x mean KL."""
+class TermConfig(Config):
+    """Settings of one loss term."""
+
+    def __post_init__(self) -> None:
+        """Check every field; terms with settings extend it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig(TermConfig):
+    """Comparison matching, Eq. 3-5: weight x student temperature² x mean KL over tuples."""
 
     temperature: float = 0.5
     """Temperature tau of the tuple probabilities, Eq. 4."""
@@ -55,11 +63,11 @@ class EmbeddingConfig(Config):
     tuples: Literal["all", "batch_minimum"] = "all"
     """`all`: K varies by tuple (Eq. 3). `batch_minimum`: the released code's, K is the batch's smallest count."""
     weight: float = 10.0
-    """Weight of the stage's loss."""
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Weight of the loss."""
 
     def __post_init__(self) -> None:
         """Check every field."""
+        super().__post_init__()
         least = f"at least {MIN_TUPLE_TEMPERATURE}"
         is_warm = self.temperature >= MIN_TUPLE_TEMPERATURE and is_positive(self.temperature)
         require(is_warm, "embedding.temperature", least, self.temperature)
@@ -84,8 +92,15 @@ class EmbeddingConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierConfig(Config):
-    """Stage `classifier`: weight x (cross-entropy + distill_weight x student temperature² x weighted KL), Eq. 10."""
+class EmbeddingConfig(ComparisonConfig):
+    """Stage `embedding`: its schedule, and the settings of comparison matching (Eq. 3-5)."""
+
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KdConfig(TermConfig):
+    """Distillation of class scores, Eq. 2: distill_weight x student temperature² x mean KL."""
 
     distill_weight: float = 1.0
     """Lambda of Eq. 2, 8 and 10: the weight of the distillation term."""
@@ -93,16 +108,10 @@ class ClassifierConfig(Config):
     """Temperature tau of the teacher's posterior, Eq. 2 and 8."""
     student_temperature: float | None = None
     """Temperature of the student's posterior, Eq. 2 and 8; none: the same as the teacher's."""
-    posterior: Literal["prototype", "cosine_share"] = "prototype"
-    """The teacher's posterior: softmax of products with unit prototypes (released) or Eq. 7 to the letter."""
-    instance_weight: Literal["confidence", "gap", "own_head", "none"] = "confidence"
-    """How an image's weight follows from the teacher: Eq. 9, the paper's Gap-Weight, the released rule, or 1."""
-    weight: float = 1.0
-    """Weight of the stage's whole loss."""
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
         """Check every field."""
+        super().__post_init__()
         finite = math.isfinite(self.distill_weight) and self.distill_weight >= 0
         require(finite, "classifier.distill_weight", "at least 0", self.distill_weight)
         require(is_positive(self.temperature), "classifier.temperature", "above 0", self.temperature)
@@ -112,14 +121,52 @@ class ClassifierConfig(Config):
             "above 0 or none",
             self.student_temperature,
         )
-        posteriors, rules = ("prototype", "cosine_share"), ("confidence", "gap", "own_head", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LkdConfig(KdConfig):
+    """Local distillation, Eq. 8."""
+
+    posterior: Literal["prototype", "cosine_share"] = "prototype"
+    """The teacher's posterior: softmax of products with unit prototypes (released) or Eq. 7 to the letter."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
+        posteriors = ("prototype", "cosine_share")
         require(self.posterior in posteriors, "classifier.posterior", "prototype or cosine_share", self.posterior)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedLkdConfig(LkdConfig):
+    """Local distillation with instance weights, Eq. 10."""
+
+    instance_weight: Literal["confidence", "gap", "own_head", "none"] = "confidence"
+    """How an image's weight follows from the teacher: Eq. 9, the paper's Gap-Weight, the released rule, or 1."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
+        rules = ("confidence", "gap", "own_head", "none")
         require(
             self.instance_weight in rules,
             "classifier.instance_weight",
             f"one of {', '.join(rules)}",
             self.instance_weight,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(WeightedLkdConfig):
+    """Stage `classifier`: its schedule, its weight, and the settings of its distillation (Eq. 2, 8 and 10)."""
+
+    weight: float = 1.0
+    """Weight of the stage's whole loss."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
         require(is_positive(self.weight), "classifier.weight", "above 0", self.weight)
 
 

@@ -8,11 +8,9 @@ from typing import Literal, get_args
 from refilled.config.bank import BankConfig
 from refilled.config.base import Config, require
 from refilled.config.parts import ClassifierConfig, EmbeddingConfig, OptimizerConfig, TeacherConfig, ViewConfig
+from refilled.config.tables import Sources, TermSettings
+from refilled.methods import has_embedding_stage
 
-Method = Literal["student", "kd", "refilled_emb", "refilled_lkd", "refilled_minus", "refilled"]
-METHODS: tuple[str, ...] = get_args(Method)
-METHODS_WITH_EMBEDDING_STAGE = ("refilled_emb", "refilled_minus", "refilled")
-METHODS_WITHOUT_TEACHER = ("student",)
 Precision = Literal["float32", "float64", "bfloat16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
@@ -42,10 +40,10 @@ class RunConfig(Config):
     """Architecture of the teacher: wrn-DEPTH-WIDTH or convnet-WIDTH."""
     student: str = "convnet-8"
     """Architecture of the student: wrn-DEPTH-WIDTH or convnet-WIDTH."""
-    method: Method = "refilled"
-    """Eq. 1: student; 2: kd; 5: refilled_emb; 8: refilled_lkd; 5 and 8: refilled_minus; 5 and 10: refilled."""
+    method: str = "refilled"
+    """A method's name, or its terms by stage: 'rkd>cross_entropy+lkd'; a term of your own is path/file.py:Name."""
     epochs: tuple[int, int] = (40, 40)
-    """Epochs of stage embedding (Eq. 5) and of stage classifier (Eq. 1, 2, 8 or 10)."""
+    """Epochs of stage embedding and of stage classifier; a method without stage embedding ignores the first."""
     teacher_epochs: int = 40
     """Epochs of the teacher's pre-training (Eq. 1)."""
     global_batch_size: int = 256
@@ -67,6 +65,10 @@ class RunConfig(Config):
     views: ViewConfig = field(default_factory=ViewConfig)
     pretraining: TeacherConfig = field(default_factory=TeacherConfig)
     bank: BankConfig = field(default_factory=BankConfig)
+    terms: TermSettings = field(default_factory=TermSettings)
+    """Settings of the terms that have no place in `embedding` and `classifier`, by the term's name."""
+    sources: Sources = field(default_factory=Sources)
+    """Source text of the user's own files that the run names."""
 
     def __post_init__(self) -> None:
         """Check every field, and that the method can run with them."""
@@ -77,18 +79,10 @@ class RunConfig(Config):
         require(0 <= self.overlap <= 1, "overlap", "in [0, 1]", self.overlap)
         require(0 <= self.val_fraction < 1, "val_fraction", "in [0, 1)", self.val_fraction)
         require(self.split_seed >= 0, "split_seed", "at least 0", self.split_seed)
-        require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
         require(len(self.epochs) == 2 and min(self.epochs) >= 0, "epochs", "two numbers of at least 0", self.epochs)
         require(self.epochs[1] >= 1, "epochs", "at least 1 for stage classifier", self.epochs)
-        if self.method in METHODS_WITH_EMBEDDING_STAGE:
+        if has_embedding_stage(self.method):
             require(self.epochs[0] >= 1, "epochs", f"at least 1 for stage embedding of {self.method}", self.epochs)
-        if self.method == "kd":
-            require(
-                self.overlap == 1,
-                "overlap",
-                "1 for method kd, which needs a teacher with the student's classes (Eq. 2)",
-                self.overlap,
-            )
         require(self.teacher_epochs >= 1, "teacher_epochs", "at least 1", self.teacher_epochs)
         require(self.global_batch_size >= 2, "global_batch_size", "at least 2", self.global_batch_size)
         require(self.seed >= 0, "seed", "at least 0", self.seed)

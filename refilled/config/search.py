@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from refilled.config.base import Config, is_positive, require
 from refilled.config.run import RunConfig
+from refilled.methods import composition
 
 Sampler = Literal["tpe", "gp", "random", "qmc"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
@@ -20,7 +21,9 @@ class SearchConfig(Config):
     """A whole search; a preset is a function that returns one."""
 
     run: RunConfig = field(default_factory=RunConfig)
-    """What every run of the search shares; cells and trials vary it."""
+    """What every run of the search shares; cells, methods and trials vary it."""
+    methods: tuple[str, ...] = ("student", "refilled")
+    """Methods that are compared in every cell, each with a study of its own; student is the vanilla student."""
     overlaps: tuple[float, ...] = (0.0, 0.4, 1.0)
     """Overlap ratios of the grid (section 5.1.1)."""
     teachers: tuple[str, ...] = ("convnet-32",)
@@ -28,7 +31,7 @@ class SearchConfig(Config):
     students: tuple[str, ...] = ("convnet-8",)
     """Student architectures of the grid."""
     trials: int = 16
-    """Trials of every cell, and of every vanilla student beside it; on average, see `adaptive_share`."""
+    """Trials of every method in every cell; on average, see `adaptive_share`."""
     max_hours: float | None = None
     """Hours after the start in which trials may run; none starts that would end later, at the pace of those before."""
     max_epochs_total: int | None = None
@@ -77,10 +80,12 @@ class SearchConfig(Config):
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name in ("overlaps", "teachers", "students"):
+        for name in ("methods", "overlaps", "teachers", "students"):
             values = getattr(self, name)
             require(len(values) >= 1, name, "at least one value", values)
             require(len(set(values)) == len(values), name, "different values", values)
+        spelled = [composition(method) for method in self.methods]
+        require(len(set(spelled)) == len(spelled), "methods", "different methods", self.methods)
         for overlap in self.overlaps:
             require(0 <= overlap <= 1, "overlaps", "in [0, 1]", overlap)
         require(self.trials >= 1, "trials", "at least 1", self.trials)

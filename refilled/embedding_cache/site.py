@@ -31,7 +31,7 @@ from refilled.embedding_cache.rows import (
     start_partial,
 )
 from refilled.errors import UserError
-from refilled.methods import needs_teacher, stages_of
+from refilled.stages import stages_of
 from refilled.storage import mirror
 from refilled.tasks.classification import Task
 from refilled.teacher import FrozenTeacher
@@ -44,8 +44,8 @@ _log = logging.getLogger(__name__)
 
 
 def epochs_with_teacher(config: RunConfig) -> int:
-    """Epochs of a run whose steps ask the teacher."""
-    return sum(stage.num_epochs for stage in stages_of(config) if needs_teacher(config, stage.name))
+    """Epochs of a run whose steps ask the teacher what a bank can answer."""
+    return sum(stage.num_epochs for stage in stages_of(config) if stage.is_cacheable)
 
 
 def bank_pays(config: RunConfig, num_views: int, num_sharing_runs: int) -> bool:

@@ -14,7 +14,7 @@ from refilled.models.output import Family, Model, Output
 class ConvNet(Model):
     """Three times conv3x3-BN-ReLU with `width`, 2 and 4 times `width` channels, the second with stride 2.
 
-    `features` are the three activations.
+    `features` are the three outputs of batch normalisation, before the activation that follows.
 
     Args:
         width: Channels of the first layer, at least 1.
@@ -24,7 +24,9 @@ class ConvNet(Model):
     """
 
     def __init__(self, width: int, *, num_classes: int, in_channels: int, dropout: float) -> None:
-        super().__init__(embedding_dim=4 * width, num_classes=num_classes)
+        super().__init__(
+            embedding_dim=4 * width, num_classes=num_classes, feature_channels=(width, 2 * width, 4 * width)
+        )
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
@@ -36,10 +38,10 @@ class ConvNet(Model):
 
     def forward(self, images: Tensor, dropout_keys: Tensor | None = None) -> Output:
         """See `Model.forward`."""
-        first = F.relu(self.bn1(self.conv1(images)))
-        second = F.relu(self.bn2(self.conv2(first)))
-        third = F.relu(self.bn3(self.conv3(self.dropout(second, dropout_keys))))
-        return self.pool_and_classify(third, (first, second, third))
+        first = self.bn1(self.conv1(images))
+        second = self.bn2(self.conv2(F.relu(first)))
+        third = self.bn3(self.conv3(self.dropout(F.relu(second), dropout_keys)))
+        return self.pool_and_classify(F.relu(third), (first, second, third))
 
 
 FAMILY = Family(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,26 @@ class Output(NamedTuple):
     logits: Tensor
     """[B, C], the head applied to `embedding`; float32 or better, also under autocast."""
     features: tuple[Tensor, ...]
-    """Feature maps at the group borders, the first first; may be empty."""
+    """[B, c, h, w] each: outputs of the groups before their last activation, the first first; may be empty.
+
+    So they have negative entries in every family. Under autocast they keep its precision.
+    """
 
 
 class Model(nn.Module):
     """An embedding phi followed by a linear top-layer classifier W, called `head`."""
 
     head: nn.Linear
+    feature_channels: tuple[int, ...]
+    """Channels of each map of `Output.features`, in their order."""
+    borders_end_in_relu: bool = True
+    """Whether the next group gets a ReLU of a map; else (pre-activation networks) it gets the map itself."""
 
-    def __init__(self, embedding_dim: int, num_classes: int) -> None:
+    def __init__(self, embedding_dim: int, num_classes: int, feature_channels: tuple[int, ...]) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
         self.num_classes = num_classes
+        self.feature_channels = feature_channels
 
     def forward(self, images: Tensor, dropout_keys: Tensor | None = None) -> Output:
         """Embed and classify images.
@@ -58,6 +66,10 @@ class Model(nn.Module):
         return Output(embedding, logits.to(wide), features)
 
 
+def _integers(groups: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(int(group) for group in groups)
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of models: how its names look and how a name becomes a model."""
@@ -65,16 +77,18 @@ class Family:
     form: str
     """The form of its names with an example, as it is shown to a person."""
     pattern: re.Pattern[str]
-    """Matches its names; every group is an integer handed to `is_valid` and `build`."""
+    """Matches its names; the groups' texts are handed to `parse_sizes`."""
     is_valid: Callable[..., bool]
-    """Whether the integers of a name make a model."""
+    """Whether the sizes of a name make a model."""
     build: Callable[..., Model]
-    """The integers of a name, then by keyword `num_classes`, `in_channels`, `dropout`."""
+    """The sizes of a name, then by keyword `num_classes`, `in_channels`, `dropout`."""
     min_image_size: int
     """Height and width below which nothing is left to pool."""
+    parse_sizes: Callable[[tuple[str, ...]], tuple[int | float, ...]] = _integers
+    """The sizes from the texts of the pattern's groups; integers unless a family says otherwise."""
 
-    def parse(self, name: str) -> tuple[int, ...] | None:
-        """The integers in `name`, or None where it is not a name of this family."""
+    def parse(self, name: str) -> tuple[Any, ...] | None:
+        """The sizes in `name`, or None where it is not a name of this family."""
         match = self.pattern.fullmatch(name)
-        sizes = tuple(int(group) for group in match.groups()) if match else None
+        sizes = self.parse_sizes(match.groups()) if match else None
         return sizes if sizes is not None and self.is_valid(*sizes) else None

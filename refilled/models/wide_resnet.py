@@ -51,9 +51,11 @@ class WideResNet(Model):
         dropout: Rate between the two convolutions of each block.
     """
 
+    borders_end_in_relu = False
+
     def __init__(self, depth: int, width: int, *, num_classes: int, in_channels: int, dropout: float) -> None:
-        widths = [16 * width, 32 * width, 64 * width]
-        super().__init__(embedding_dim=widths[-1], num_classes=num_classes)
+        widths = (16 * width, 32 * width, 64 * width)
+        super().__init__(embedding_dim=widths[-1], num_classes=num_classes, feature_channels=widths)
         num_blocks = (depth - 4) // 6
         self.conv = nn.Conv2d(in_channels, _STEM_CHANNELS, 3, padding=1, bias=False)
         self.groups = nn.ModuleList()

@@ -11,9 +11,9 @@ from refilled.errors import UserError
 from refilled.storage import mirror
 from refilled.storage.tensor_file import load_tensors, save_tensors
 
-# `rows`: of all epochs so far; `student` and `optimizer`: their state_dicts. The teacher is found by the run's
-# configuration, and schedules and draws are functions of the epoch.
-STATE = frozenset({"rows", "student", "optimizer"})
+# `rows`: of all epochs so far; `student`, `terms` (of the present stage) and `optimizer`: their state_dicts. The
+# teacher is found by the run's configuration, and schedules and draws are functions of the epoch.
+STATE = frozenset({"rows", "student", "terms", "optimizer"})
 
 _log = logging.getLogger(__name__)
 

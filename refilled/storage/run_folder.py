@@ -13,48 +13,19 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from refilled import distributed
-from refilled.config import METHODS_WITH_EMBEDDING_STAGE, RunConfig, content_hash
-from refilled.data.label_space import LabelSpaces
 from refilled.errors import UserError
-from refilled.methods import needs_teacher
 from refilled.storage import mirror
 from refilled.storage.checkpoint import Checkpoints
 from refilled.storage.store import append_bytes, read_json, write_bytes, write_json
 from refilled.storage.tensor_file import load_tensors, save_tensors
-from refilled.tasks.classification import Task
 
 Row = dict[str, Any]
 _log = logging.getLogger(__name__)
-FORMAT = 1  # part of every run's identity: raise it when the method's numbers change
-
-
-def run_key(config: RunConfig, spaces: LabelSpaces, data_digest: str) -> str:
-    """Content hash of everything that determines a run's numbers, followed by its seed.
-
-    Where the data lies and how its class order is named do not count; its digest and the class lists do. What a method
-    does not use does not count either, so the vanilla students of all teachers are one. Of the bank only the type
-    counts: what the teacher says is rounded to it whether it comes from a bank or not.
-    """
-    determined = config.to_dict() | {
-        "data": data_digest,
-        "student_classes": spaces.student,
-        "teacher_classes": spaces.teacher,
-        "format": FORMAT,
-        "bank": config.bank.dtype,
-    }
-    unused = ["class_order", "num_teacher_classes", "num_student_classes", "overlap", "checkpoint_every"]
-    if not needs_teacher(config):
-        unused += ["teacher", "teacher_classes", "teacher_epochs", "pretraining", "bank"]
-    if config.method not in METHODS_WITH_EMBEDDING_STAGE:
-        unused += ["embedding", "ncm_images_per_class"]
-        determined["epochs"] = (0, config.epochs[1])
-    for name in unused:
-        del determined[name]
-    return f"{content_hash(determined)}-{config.seed}"
 
 
 class RunFolder:
@@ -69,17 +40,16 @@ class RunFolder:
         """The rows, one JSON object a line."""
         return self.path / "metrics.jsonl"
 
-    def create(self, config: RunConfig, task: Task) -> None:
-        """Make the folder and say what the run is."""
+    def create(self, about: Mapping[str, Any], classes: Sequence[str]) -> None:
+        """Make the folder and say what the run is.
+
+        Args:
+            about: Its configuration, class lists and data digest, as plain data.
+            classes: The student's classes.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        about = {
-            "config": config.to_dict(),
-            "teacher_classes": task.spaces.teacher,
-            "student_classes": task.spaces.student,
-            "data_digest": task.data_digest,
-        }
-        write_json(self.path / "config.json", about)
-        write_json(self.path / "classes.json", task.spaces.student)
+        write_json(self.path / "config.json", dict(about))
+        write_json(self.path / "classes.json", list(classes))
 
     def rows(self) -> list[Row]:
         """All whole rows up to the first that is damaged, in order; a warning names a damaged one."""

@@ -17,10 +17,22 @@ from refilled.config import OptimizerConfig, ScheduleConfig
 WARM_UP_START = 1 / 25  # of the rate, where one_cycle begins (Smith & Topin 2018; torch's OneCycleLR has the same)
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.SGD:
-    """SGD over the parameters, in torch's fused form; `set_learning_rate` comes before every step."""
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, undecayed: Iterable[nn.Parameter] = ()
+) -> torch.optim.SGD:
+    """SGD in torch's fused form; `set_learning_rate` comes before every step.
+
+    Args:
+        parameters: What is trained.
+        config: Momentum and weight decay.
+        undecayed: What is trained too, without weight decay.
+    """
+    groups: list[dict[str, object]] = [{"params": list(parameters)}]
+    spared = list(undecayed)
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0})
     return torch.optim.SGD(
-        list(parameters),
+        groups,
         lr=0.0,
         momentum=config.momentum,
         nesterov=config.nesterov,

@@ -1,0 +1,182 @@
+"""What a run is, as opposed to where and how it is done: the keys under which runs and finished stages are kept.
+
+An identity holds the settings that determine a run's numbers and differ from `BASE`, a frozen table. So a new setting
+whose entry in `BASE` means "as before" changes no key, and what was stored stays findable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from refilled.config import Config, RunConfig, content_hash
+from refilled.config.tables import digest_of
+from refilled.data.label_space import LabelSpaces
+from refilled.methods import is_users, terms_of
+from refilled.stages import Stage, place_of, stages_of, term_config
+
+FORMAT = 2  # part of every identity: raise it when the numbers of a method or the meaning of an entry below change
+
+# Never change an entry: that would give stored runs another meaning or hide them. A new setting gets a new line, with
+# the value under which runs were done before there was the setting.
+BASE: Mapping[str, Any] = {
+    "image_size": None,
+    "val_fraction": 0.1,
+    "split_seed": 0,
+    "teacher": "convnet-32",
+    "student": "convnet-8",
+    "teacher_epochs": 40,
+    "global_batch_size": 256,
+    "seed": 0,
+    "precision": "float32",
+    "compile": False,
+    "ncm_images_per_class": 50,
+    "embedding.temperature": 0.5,
+    "embedding.student_temperature": None,
+    "embedding.max_negatives": None,
+    "embedding.margin": None,
+    "embedding.tuples": "all",
+    "embedding.weight": 10.0,
+    "classifier.distill_weight": 1.0,
+    "classifier.temperature": 1.0,
+    "classifier.student_temperature": None,
+    "classifier.posterior": "prototype",
+    "classifier.instance_weight": "confidence",
+    "classifier.weight": 1.0,
+    "views.kind": "shifts",
+    "views.padding": 4,
+    "views.min_area": 0.25,
+    "views.flip": True,
+    "views.num_views": None,
+    "pretraining.global_batch_size": 128,
+    "pretraining.seed": 0,
+    "bank.dtype": "float16",
+    **{
+        f"{owner}.{name}": value
+        for owner in ("optimizer", "pretraining.optimizer")
+        for name, value in {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "dropout": 0.0}.items()
+    },
+    **{
+        f"{owner}.schedule.{name}": value
+        for owner in ("embedding", "classifier", "pretraining")
+        for name, value in {
+            "kind": "cosine",
+            "learning_rate": 0.1,
+            "decay": 0.2,
+            "milestones": (0.5, 0.75),
+            "final_fraction": 0.01,
+            "peak_at": 0.3,
+        }.items()
+    },
+}
+
+# What determines nothing by itself: where data lies and how its order is named (its digest and the class lists count),
+# how often a state is kept, where the teacher's embeddings come from. The method counts as its terms.
+_ELSEWHERE = ("data", "class_order", "num_teacher_classes", "num_student_classes", "overlap", "method", "epochs")
+_INDIFFERENT = ("checkpoint_every", "bank.mode", "bank.max_gib")
+_OF_TEACHER = ("teacher", "teacher_epochs", "bank.dtype")
+_OF_NEAREST_MEAN = ("ncm_images_per_class",)
+NOT_BY_ITSELF = _ELSEWHERE + _INDIFFERENT
+
+
+def run_key(config: RunConfig, spaces: LabelSpaces, data_digest: str) -> str:
+    """Content hash of everything that determines a run's numbers, followed by its seed.
+
+    What the run's terms do not read does not count, so the vanilla students of all teachers are one.
+    """
+    return _key(identity(config, spaces, data_digest, stages_of(config)), config)
+
+
+def stage_key(config: RunConfig, spaces: LabelSpaces, data_digest: str, num_stages: int = 1) -> str:
+    """Content hash of everything that determines the student after a run's first stages, followed by the seed.
+
+    It is the identity of the run that ends there, the names of its terms included: different losses never share one.
+
+    Raises:
+        ValueError: The run has no stage after these.
+    """
+    stages = stages_of(config)
+    if not 1 <= num_stages < len(stages):
+        raise ValueError(f"method {config.method} has {len(stages)} stages, of which {num_stages} cannot be shared")
+    return _key(identity(config, spaces, data_digest, stages[:num_stages]), config)
+
+
+def identity(config: RunConfig, spaces: LabelSpaces, data_digest: str, stages: tuple[Stage, ...]) -> dict[str, Any]:
+    """What determines the numbers of some of a run's stages, as plain data.
+
+    Args:
+        config: The run's configuration.
+        spaces: Its class lists.
+        data_digest: Digest of the data's training part.
+        stages: The first of its stages, or all.
+    """
+    found: dict[str, Any] = {
+        "format": FORMAT,
+        "data": data_digest,
+        "student_classes": spaces.student,
+        "stages": [
+            [stage.name, [_portable(name, config) for name in terms_of(config.method)[stage.name]]] for stage in stages
+        ],
+        "epochs": [stage.num_epochs for stage in stages],
+    }
+    if any(stage.needs_teacher for stage in stages):
+        found["teacher_classes"] = spaces.teacher
+    for name, value in determining(config, stages).items():
+        if name not in BASE or value != BASE[name]:
+            found[name] = _portable(value, config) if name in ("teacher", "student") else value
+    return found
+
+
+def determining(config: RunConfig, stages: tuple[Stage, ...] | None = None) -> dict[str, Any]:
+    """The settings that some stages of a run read, those that determine nothing left out, by dotted name.
+
+    Args:
+        config: The run's configuration.
+        stages: Of its stages, those that are asked about; none: all.
+    """
+    stages = stages_of(config) if stages is None else stages
+    own = config.flat()
+    names = {name for name in own if name.partition(".")[0] not in ("embedding", "classifier", "terms", "sources")}
+    names -= set(NOT_BY_ITSELF)
+    if not any(stage.needs_teacher for stage in stages):
+        names -= {name for name in names if name in _OF_TEACHER or name.startswith("pretraining.")}
+    if not any(stage.validates_by == "nearest_mean" for stage in stages):
+        names -= set(_OF_NEAREST_MEAN)
+    found = {name: own[name] for name in names}
+    for stage in stages:
+        found |= {name: own[name] for name in own if name.startswith(f"{stage.name}.schedule.")}
+        if stage.name == "classifier":
+            found["classifier.weight"] = own["classifier.weight"]
+        for term in stage.terms:
+            settings: Config = term_config(term, config)
+            found |= {f"{place_of(term)}.{name}": value for name, value in settings.flat().items()}
+    return found
+
+
+def determines_later_stages_only(name: str, config: RunConfig) -> bool:
+    """Whether another value of a setting leaves a run's first stage as it is.
+
+    Args:
+        name: Dotted, of a `RunConfig` or derived from one of its parts (`embedding.schedule.first_milestone`). The
+            answer is no for a name that is not known, and for `epochs`, of which the first stage has the first.
+        config: The run's configuration.
+    """
+    if name in _INDIFFERENT:
+        return True
+    first = stages_of(config)[0]
+    read = {first.name, *(place_of(term) for term in first.terms)}
+    head, *rest = name.split(".")
+    owner = ".".join((head, *rest[:1])) if head == "terms" else head
+    return (owner == "classifier" or head == "terms") and owner not in read
+
+
+def _portable(name: str, config: RunConfig) -> str:
+    """A name that means the same everywhere: for something of the user's, its file's digest in place of the path."""
+    if not is_users(name):
+        return name
+    path, _, attribute = name.rpartition(":")
+    return f"{digest_of(config.sources.text_of(path) or '')}:{attribute}"
+
+
+def _key(identity: dict[str, Any], config: RunConfig) -> str:
+    return f"{content_hash(identity)}-{config.seed}"

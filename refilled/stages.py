@@ -1,0 +1,184 @@
+"""A run's stages: what each trains, for how long, with which terms and their settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from refilled.config import RunConfig, ScheduleConfig, Sources, TermConfig, TermSettings
+from refilled.errors import UserError
+from refilled.methods import StageName, is_users, terms_of, user_terms
+from refilled.terms import TERMS, Term
+from refilled.terms.base import TeacherNeed
+from refilled.user_code import load_object, read_source
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        name: Of the stage.
+        num_epochs: Its length.
+        schedule: Of the learning rate.
+        weight: Factor on the sum of the terms' losses.
+        terms: Classes of its terms, in the order of the method.
+        trains: The whole student, or all of it but the head.
+        validates_by: The student's own head, or the nearest class mean of its embedding.
+    """
+
+    name: StageName
+    num_epochs: int
+    schedule: ScheduleConfig
+    weight: float
+    terms: tuple[type[Term], ...]
+    trains: Literal["all", "embedding"]
+    validates_by: Literal["head", "nearest_mean"]
+
+    @property
+    def teacher_needs(self) -> frozenset[TeacherNeed]:
+        """What its terms ask of the teacher."""
+        return frozenset(need for term in self.terms for need in term.needs.teacher)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether its terms ask the teacher anything."""
+        return bool(self.teacher_needs)
+
+    @property
+    def is_cacheable(self) -> bool:
+        """Whether the teacher's embeddings are all that is asked of it, which a cache can serve."""
+        return self.needs_teacher and "features" not in self.teacher_needs
+
+
+def stages_of(config: RunConfig) -> tuple[Stage, ...]:
+    """The stages of a run, in order.
+
+    Raises:
+        UserError: A term of the method is not known.
+    """
+    stages = []
+    for name, terms in terms_of(config.method).items():
+        is_last = name == "classifier"
+        stages.append(
+            Stage(
+                name=name,
+                num_epochs=config.epochs[1] if is_last else config.epochs[0],
+                schedule=config.classifier.schedule if is_last else config.embedding.schedule,
+                weight=config.classifier.weight if is_last else 1.0,
+                terms=tuple(term_class(term, config) for term in terms),
+                trains="all" if is_last else "embedding",
+                validates_by="head" if is_last else "nearest_mean",
+            )
+        )
+    return tuple(stages)
+
+
+def term_class(name: str, config: RunConfig) -> type[Term]:
+    """The class of a term, the package's or, from the run's sources, the user's.
+
+    Raises:
+        UserError: There is none of that name, or it is no term.
+    """
+    if ":" not in name:
+        if name not in TERMS:
+            raise UserError(f"method must be made of the terms {', '.join(TERMS)}, or path/file.py:Name, got {name!r}.")
+        return TERMS[name]
+    found = load_object(name, config.sources, "method")
+    if not (isinstance(found, type) and issubclass(found, Term)):
+        raise UserError(f"method must name a subclass of refilled.terms.Term, but {name!r} is none.")
+    term: type[Term] = found
+    if not isinstance(getattr(term, "name", None), str) or not term.name.isidentifier() or term.name in TERMS:
+        raise UserError(f"{name!r} must have a class attribute `name`, an identifier that no other term has.")
+    return term
+
+
+def place_of(term: type[Term]) -> str:
+    """Dotted name under which a run keeps a term's settings."""
+    return term.place or f"terms.{term.name}"
+
+
+def term_config(term: type[Term], config: RunConfig) -> TermConfig:
+    """The settings of a term in a run, checked.
+
+    Raises:
+        UserError: A setting is not known to the term, or has a value that it refuses.
+    """
+    names = term.Config.__dataclass_fields__
+    if term.place:
+        holder = getattr(config, term.place)
+        return term.Config(**{name: getattr(holder, name) for name in names})
+    given = config.terms.of(term.name)
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        known = ", ".join(sorted(names)) or "no settings"
+        raise UserError(f"Unknown setting terms.{term.name}.{unknown[0]}; term {term.name} has {known}.")
+    return term.Config.from_dict(given)
+
+
+def num_epochs_of(config: RunConfig) -> int:
+    """Epochs of a whole run."""
+    return sum(config.epochs[1] if name == "classifier" else config.epochs[0] for name in terms_of(config.method))
+
+
+def needs_teacher(config: RunConfig) -> bool:
+    """Whether any stage of a run asks the teacher."""
+    return any(stage.needs_teacher for stage in stages_of(config))
+
+
+def with_own_code(config: RunConfig) -> RunConfig:
+    """The run with the text of every file of the user's that it names, read here and now.
+
+    Raises:
+        UserError: A file cannot be read.
+    """
+    texts: dict[str, str] = {}
+    for field_name, name in named_by_user(config):
+        texts |= read_source(name, field_name).to_dict()
+    return dataclasses.replace(config, sources=Sources.from_dict(texts))
+
+
+def named_by_user(config: RunConfig) -> list[tuple[str, str]]:
+    """What a run names as `path/file.py:Name`, with the field that does."""
+    networks = [("teacher", config.teacher), ("student", config.student)]
+    return [("method", term) for term in user_terms(config.method)] + [each for each in networks if is_users(each[1])]
+
+
+def complete(config: RunConfig) -> RunConfig:
+    """The run with every setting of its terms written out, and without those of terms that it does not have.
+
+    Raises:
+        UserError: Its method cannot be run; see `check`.
+    """
+    check(config)
+    settings: dict[str, Any] = {}
+    for stage in stages_of(config):
+        for term in stage.terms:
+            if not term.place:
+                settings[term.name] = term_config(term, config).flat()
+    needed = {name.rpartition(":")[0] for _, name in named_by_user(config)}
+    kept = {path: text for path, text in config.sources.files if path in needed}
+    return config.with_overrides({"terms": TermSettings.from_dict(settings), "sources": Sources.from_dict(kept)})
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a run whose method cannot be put together or run.
+
+    Raises:
+        UserError: Naming the field or term.
+    """
+    for stage in stages_of(config):
+        for term in stage.terms:
+            term_config(term, config)
+            term.check(config)
+            if stage.name == "embedding" and "logits" in term.needs.student:
+                raise UserError(
+                    f"method must not have {term.name} in stage embedding, which does not train the head, "
+                    f"got {config.method!r}."
+                )
+        if stage.name == "classifier" and not any("logits" in term.needs.student for term in stage.terms):
+            raise UserError(
+                f"method must have a term that trains the head, such as cross_entropy, in its last stage, "
+                f"got {config.method!r}."
+            )

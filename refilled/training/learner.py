@@ -1,0 +1,148 @@
+"""What a step works on: the student, the terms of the present stage with their own parameters, and the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from refilled import distributed
+from refilled.config import RunConfig
+from refilled.data.views import Views
+from refilled.keyed import derive_seed
+from refilled.models import Model, Output, build_model, initialise, parameters_of_embedding
+from refilled.stages import Stage, term_config
+from refilled.storage.model_file import model_state
+from refilled.tasks.classification import Task
+from refilled.terms import Setting, Teacher, TeacherOutput, Term
+from refilled.training.compute import Compute
+from refilled.training.optim import build_optimizer
+
+
+class LoadedTeacher(Teacher, Protocol):
+    """The frozen network as the loop asks it."""
+
+    def embed(self, images: Tensor, image_ids: Tensor, view_ids: Tensor) -> Tensor:
+        """Embeddings [b, D] of views of training images, from a cache or live."""
+
+    def output(self, images: Tensor) -> TeacherOutput:
+        """Embedding and maps of normalised images [b, channels, height, width], live."""
+
+
+@dataclass
+class Learner:
+    """What a step works on.
+
+    Attributes:
+        config: The run's configuration.
+        task: Its images and classes.
+        teacher: Frozen; none where no stage asks it.
+        compute: Device and precision.
+        student: The network that is trained.
+        trained: The student as the steps run it: itself, or compiled.
+        views: The augmentation.
+        images: uint8 [N, C, H, W], the whole training set on the device.
+        terms: Of the present stage.
+    """
+
+    config: RunConfig
+    task: Task
+    teacher: LoadedTeacher | None
+    compute: Compute
+    student: Model
+    trained: Callable[..., Output]
+    views: Views
+    images: Tensor
+    terms: nn.ModuleList
+
+    @property
+    def present_terms(self) -> list[Term]:
+        """The terms, which torch's types take for modules alone."""
+        return [cast(Term, term) for term in self.terms]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The student's, then those of the present stage's terms; the same order on every worker."""
+        return [*self.student.parameters(), *self.terms.parameters()]
+
+
+def make_learner(config: RunConfig, task: Task, teacher: LoadedTeacher | None, compute: Compute) -> Learner:
+    """A new student on its device, and what its steps need; no stage has begun."""
+    channels, height, _ = task.train.images.shape[1:]
+    student = build_model(
+        config.student,
+        num_classes=len(task.spaces.student),
+        in_channels=channels,
+        image_size=height,
+        dropout=config.optimizer.dropout,
+        seed=derive_seed(config.seed, "weights"),
+        sources=config.sources,
+    )
+    if distributed.world_size() > 1:
+        distributed.convert_batch_norm(student)
+    student = compute.place_model(student)
+    return Learner(
+        config=config,
+        task=task,
+        teacher=teacher,
+        compute=compute,
+        student=student,
+        trained=torch.compile(student) if config.compile else student,
+        views=Views(config.views),
+        images=task.train.images.to(compute.device, memory_format=torch.channels_last),  # as views are rendered
+        terms=nn.ModuleList(),
+    )
+
+
+def begin_stage(learner: Learner, stage: Stage) -> None:
+    """Give the learner the stage's terms, new, with initial weights that depend on the run's seed and names alone."""
+    config, task, compute = learner.config, learner.task, learner.compute
+    terms = nn.ModuleList()
+    for kind in stage.terms:
+        seed = derive_seed(config.seed, "term", stage.name, kind.name)
+        channels, height, width = task.train.images.shape[1:]
+        setting = Setting(
+            student=learner.student,
+            teacher=learner.teacher,
+            labels=task.train.labels,
+            num_classes=len(task.spaces.student),
+            image_shape=(channels, height, width),
+            seed=seed,
+        )
+        with torch.random.fork_rng(devices=[]):  # layers draw weights when constructed, which are replaced here
+            term = kind(term_config(kind, config), setting)
+        initialise(term, seed)
+        terms.append(term)
+    if distributed.world_size() > 1:
+        distributed.convert_batch_norm(terms)
+    learner.terms = compute.place_model(terms).train()
+    if config.compile:
+        for term in learner.present_terms:
+            if any(True for _ in term.parameters()):
+                term.rows = torch.compile(term.rows)  # type: ignore[method-assign]  # compiled in place of its own
+
+
+def optimizer_of(learner: Learner, stage: Stage) -> torch.optim.SGD:
+    """The optimiser of what a stage trains, and of its terms' own parameters."""
+    student = learner.student
+    parameters = parameters_of_embedding(student) if stage.trains == "embedding" else list(student.parameters())
+    undecayed = [each for term in learner.present_terms for each in term.undecayed()]
+    spared = {id(each) for each in undecayed}
+    own = [each for each in learner.terms.parameters() if id(each) not in spared]
+    return build_optimizer([*parameters, *own], learner.config.optimizer, undecayed)
+
+
+def state_of_student(config: RunConfig, task: Task, student: Model) -> dict[str, object]:
+    """What `model.pt` holds of a run's student."""
+    return model_state(
+        student,
+        architecture=config.student,
+        sources=config.sources,
+        classes=task.spaces.student,
+        image_shape=task.train.images.shape[1:],
+        dropout=config.optimizer.dropout,
+        mean=task.normalization.mean,
+        std=task.normalization.std,
+    )

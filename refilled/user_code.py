@@ -1,0 +1,81 @@
+"""Classes and functions from files of the user's own, named `path/file.py:Name`.
+
+The text of such a file travels inside the run's configuration (`Sources`), so a worker on another machine needs no copy
+of it, and what a run was made of is part of its identity. A file may import installed packages, not its neighbours.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+from refilled.config.tables import MAX_SOURCE_CHARS, Sources, digest_of
+from refilled.errors import UserError
+
+
+def read_source(name: str, field_name: str) -> Sources:
+    """The text of the file that `path/file.py:Name` names.
+
+    Args:
+        name: As the user wrote it; relative paths are looked up in the current folder.
+        field_name: For the message.
+
+    Raises:
+        UserError: The file cannot be read, or is no text of at most `MAX_SOURCE_CHARS` characters.
+    """
+    path = name.rpartition(":")[0]
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{field_name} must name a Python file that can be read, got {path!r} ({reason}).") from error
+    if len(text) > MAX_SOURCE_CHARS:
+        raise UserError(f"{field_name} must name a file of at most {MAX_SOURCE_CHARS} characters, got {path!r}.")
+    return Sources(((path, text),))
+
+
+def load_object(name: str, sources: Sources, field_name: str) -> Any:
+    """What `path/file.py:Name` names, from the run's own copy of the file.
+
+    Equal texts are run once in a process.
+
+    Args:
+        name: `path/file.py:Name`.
+        sources: The run's, which must hold the file.
+        field_name: For the message.
+
+    Raises:
+        UserError: The file is not among the sources, raises an error when it is run, or has no such name.
+    """
+    path, _, attribute = name.rpartition(":")
+    text = sources.text_of(path)
+    if text is None:
+        raise UserError(f"{field_name} {name!r} must come with the text of {path!r} in `sources`, which lacks it.")
+    module = _module(path, text, field_name)
+    if not hasattr(module, attribute):
+        raise UserError(f"{field_name} {name!r} must name something in {path!r}, which has no {attribute!r}.")
+    return getattr(module, attribute)
+
+
+def _module(path: str, text: str, field_name: str) -> types.ModuleType:
+    """The module of a text; its name holds the text's digest, so two versions of one file live side by side."""
+    name = f"refilled_user_{Path(path).stem}_{digest_of(text)}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module = types.ModuleType(name)
+    module.__file__ = f"<{path} {digest_of(text)}>"
+    # Tracebacks, docstring tools and torch.compile look a line up here where there is no file.
+    linecache.cache[module.__file__] = (len(text), None, text.splitlines(keepends=True), module.__file__)
+    sys.modules[name] = module  # dataclasses look their module up while it is being run
+    try:
+        exec(compile(text, module.__file__, "exec"), module.__dict__)
+    except Exception as error:  # whatever the user's code raises
+        del sys.modules[name]
+        raised = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{field_name} must name a Python file that can be run, but {path!r} raises {raised}."
+        ) from error
+    return module
