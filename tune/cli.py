@@ -1,7 +1,8 @@
 """From a preset to a command line: every field of the configuration is a flag, its docstring the help.
 
 The flags are made from the preset's instance, so `--help` shows that preset's values, and what the user gives comes
-back as dotted overrides through `Config.with_overrides`, the same door a sampled trial uses.
+back as dotted overrides through `Config.with_overrides`, the same door a sampled trial uses. Methods are read first:
+the settings of their terms are flags too.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import field, make_dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -17,8 +18,10 @@ import docstring_parser
 from cyclopts import Parameter
 
 from refilled.command import exit_code, new_app
-from refilled.config import Config
+from refilled.config import Config, RunConfig, TermConfig, TermSettings
+from refilled.errors import UserError
 from refilled.presets import PRESETS
+from refilled.stages import stages_of, term_config, with_own_code
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -26,9 +29,11 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 def run_command(
     name: str,
     help_text: str,
-    start: Callable[[str], ConfigT],
+    start: Callable[[str, tuple[str, ...]], ConfigT],
     main: Callable[[ConfigT], int],
     *,
+    terms: Callable[[ConfigT], Mapping[str, TermConfig]],
+    beside_method: str = "",
     hidden: Collection[str] = (),
     inlined: Collection[str] = (),
     arguments: Sequence[str] | None = None,
@@ -38,8 +43,11 @@ def run_command(
     Args:
         name: of the command, before its error messages.
         help_text: first lines of `--help`.
-        start: from a preset's name to the configuration whose fields become flags.
+        start: from a preset's name and the methods that the user gives, if any, to the configuration whose fields
+            become flags.
         main: what the command does.
+        terms: settings of the loss terms of a configuration, by the term's name; they are flags `--TERM.NAME`.
+        beside_method: `--method A` stands for this method and A; empty: for A alone.
         hidden: dotted names of fields that are no flags.
         inlined: nested configurations whose fields are flags without a prefix.
         arguments: instead of the process's.
@@ -52,61 +60,125 @@ def run_command(
     app.usage = f"Usage: {name} [PRESET] [OPTIONS]"
 
     def command() -> int:  # the preset is looked up inside, so that an unknown one is a user error like others
-        config = start(preset_name)
-        flags = _flags_class(config, hidden=set(hidden), inlined=set(inlined), prefix="")
+        methods, others = _methods(given, beside_method)
+        config = start(preset_name, methods)
+        maker = _Flags(terms(config), set(hidden), set(inlined))
+        flags = maker.of(config)
 
         def parsed(*, flags: Annotated[Any, Parameter(name="*")]) -> int:
-            return main(config.with_overrides(_changes(flags, config, inlined=set(inlined), prefix="")))
+            return main(config.with_overrides(maker.changes(flags, config)))
 
         parsed.__annotations__["flags"] = Annotated[flags, Parameter(name="*")]  # a class made at run time
         parsed.__kwdefaults__ = {"flags": None}
         app.default(parsed)
-        code = app(given)
+        code = app(others)
         return code if isinstance(code, int) else 0
 
     return exit_code(name, command)
 
 
-def field_help(cls: type) -> dict[str, str]:
-    """Field names to their docstrings."""
-    parsed = docstring_parser.parse_from_object(cls)
-    return {each.arg_name: (each.description or "") for each in parsed.params}
+def term_configs(run: RunConfig, methods: Iterable[str]) -> dict[str, TermConfig]:
+    """The settings of all terms of some methods that have no place of their own in a run, by the term's name."""
+    found: dict[str, TermConfig] = {}
+    for method in methods:
+        own = with_own_code(dataclasses.replace(run, method=method, epochs=(1, 1)))
+        for stage in stages_of(own):
+            found |= {term.name: term_config(term, own) for term in stage.terms if not term.place}
+    return found
 
 
-def _flags_class(config: Config, *, hidden: set[str], inlined: set[str], prefix: str) -> type:
-    hints, documented = typing.get_type_hints(type(config)), field_help(type(config))
-    fields: list[Any] = []
-    for each in dataclasses.fields(config):  # type: ignore[arg-type]
-        dotted = f"{prefix}{each.name}"
-        if dotted in hidden:
+def _methods(arguments: Sequence[str], beside_method: str) -> tuple[tuple[str, ...], list[str]]:
+    """The methods that are given, and the other arguments.
+
+    Raises:
+        UserError: Both forms are given, or one of them without a value.
+    """
+    found: dict[str, list[str]] = {}
+    others: list[str] = []
+    position = 0
+    while position < len(arguments):
+        flag, equals, value = arguments[position].partition("=")
+        position += 1
+        if flag not in ("--methods", "--method"):
+            others.append(arguments[position - 1])
             continue
-        value = getattr(config, each.name)
-        if isinstance(value, Config):
-            inner = _flags_class(value, hidden=hidden, inlined=inlined, prefix=f"{dotted}.")
-            parameter = Parameter(name="*") if dotted in inlined else Parameter()
-            fields.append((each.name, Annotated[inner, parameter], field(default_factory=inner)))
-        else:
-            shown = "none" if value is None else None
+        values = found.setdefault(flag, [])
+        if equals:
+            values.append(value)
+        while position < len(arguments) and not arguments[position].startswith("-") and not (equals and values):
+            values.append(arguments[position])
+            position += 1
+    for flag, values in found.items():
+        if not values:
+            raise UserError(f"{flag} must be followed by a method.")
+    if len(found) > 1:
+        raise UserError("--methods and --method must not both be given.")
+    if "--method" in found:
+        if len(found["--method"]) > 1:
+            raise UserError(f"--method must be followed by one method, got {' '.join(found['--method'])}.")
+        return tuple(dict.fromkeys([*([beside_method] if beside_method else []), *found["--method"]])), others
+    return tuple(found.get("--methods", ())), others
+
+
+def field_help(cls: type) -> dict[str, str]:
+    """Field names to their docstrings, inherited ones included."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            found |= {
+                each.arg_name: (each.description or "") for each in docstring_parser.parse_from_object(base).params
+            }
+    return found
+
+
+class _Flags:
+    """Classes whose fields are flags, and the way back to dotted names."""
+
+    def __init__(self, terms: Mapping[str, TermConfig], hidden: set[str], inlined: set[str]) -> None:
+        self._terms, self._hidden, self._inlined = terms, hidden, inlined
+
+    def of(self, config: Config, prefix: str = "") -> type:
+        """The class for a configuration."""
+        if isinstance(config, TermSettings):
+            return _made("Terms", [self._nested(name, each, f"{prefix}{name}") for name, each in self._terms.items()])
+        hints, documented = typing.get_type_hints(type(config)), field_help(type(config))
+        fields: list[Any] = []
+        for each in dataclasses.fields(config):  # type: ignore[arg-type]
+            dotted, value = f"{prefix}{each.name}", getattr(config, each.name)
+            if dotted in self._hidden:
+                continue
+            if isinstance(value, Config):
+                fields.append(self._nested(each.name, value, dotted))
+                continue
             parameter = Parameter(
                 help=documented.get(each.name, ""),
                 consume_multiple=isinstance(value, tuple),
                 negative=None if hints[each.name] in (bool, bool | None) else "",
-                show_default=(lambda _: "none") if shown else None,
+                show_default=(lambda _: "none") if value is None else None,
             )
             fields.append((each.name, Annotated[hints[each.name], parameter], field(default=value)))
+        return _made(type(config).__name__, fields)
+
+    def _nested(self, name: str, config: Config, dotted: str) -> Any:
+        inner = self.of(config, f"{dotted}.")
+        parameter = Parameter(name="*") if dotted in self._inlined else Parameter()
+        return name, Annotated[inner, parameter], field(default_factory=inner)
+
+    def changes(self, flags: Any, config: Config, prefix: str = "") -> dict[str, Any]:
+        """Dotted names to the values that differ from the preset's."""
+        found: dict[str, Any] = {}
+        if flags is None:
+            return found
+        for each in dataclasses.fields(flags):
+            value = getattr(flags, each.name)
+            before = self._terms[each.name] if isinstance(config, TermSettings) else getattr(config, each.name)
+            if isinstance(before, Config):
+                found |= self.changes(value, before, f"{prefix}{each.name}.")
+            elif value != before:
+                found[f"{prefix}{each.name}"] = value
+        return found
+
+
+def _made(name: str, fields: list[Any]) -> type:
     here = {"__module__": __name__}  # cyclopts takes classes of make_dataclass's own module for built-in types
-    return make_dataclass(type(config).__name__, fields, namespace=here, frozen=True, kw_only=True)
-
-
-def _changes(flags: Any, config: Config, *, inlined: set[str], prefix: str) -> dict[str, Any]:
-    """Dotted names to the values that differ from the preset's."""
-    changes: dict[str, Any] = {}
-    if flags is None:
-        return changes
-    for each in dataclasses.fields(flags):
-        value, before = getattr(flags, each.name), getattr(config, each.name)
-        if isinstance(before, Config):
-            changes |= _changes(value, before, inlined=inlined, prefix=f"{prefix}{each.name}.")
-        elif value != before:
-            changes[f"{prefix}{each.name}"] = value
-    return changes
+    return make_dataclass(name, fields, namespace=here, frozen=True, kw_only=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import refilled
 from refilled.config import RunConfig, SearchConfig, content_hash
@@ -15,17 +16,17 @@ from refilled.data.label_space import NAMED_ORDERS, LabelSpaces
 from refilled.data.sources import validate_source
 from refilled.errors import UserError
 from refilled.execution import cache_of
-from refilled.methods import num_epochs_of
-from refilled.models import validate_model_name
+from refilled.identity import run_key
+from refilled.methods import has_embedding_stage, is_users
+from refilled.models import build_model, validate_model_name
+from refilled.stages import complete, needs_teacher, num_epochs_of, stages_of, with_own_code
 from refilled.storage.mirror import open_storage
-from refilled.storage.run_folder import run_key
 from refilled.storage.store import require_writable
-from refilled.tasks.classification import load_task, verify_test_images
+from refilled.tasks.classification import Task, load_task, verify_test_images
 from tune.studies.space import as_data
 from tune.studies.study_store import StudyPlan
 from tune.studies.warm_start import donors
 
-Role = Literal["method", "baseline"]
 NO_TEACHER = "none"
 # What the trials of a deterministic search depend on, beside its cells.
 _SHAPING = (
@@ -41,15 +42,22 @@ _SHAPING = (
 )
 
 
+class Place(NamedTuple):
+    """One cell of the grid, in which methods are compared; its data is the search's."""
+
+    overlap: float
+    teacher: str
+    student: str
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One (data set, overlap, teacher, student) with its own study and winner.
+    """One method in one cell of the grid: what has a study and a winner of its own.
 
-    The vanilla student beside it is a cell of role `baseline` that all teachers share: same overlap and student, no
-    teacher, the same number of trials, and all epochs of both stages for its single one.
+    A method that asks no teacher, such as the vanilla student, has one study for all teachers of the same overlap and
+    student; its `teacher` is "none".
     """
 
-    role: Role
     overlap: float
     teacher: str
     student: str
@@ -59,20 +67,29 @@ class Cell:
     num_validation_images: int
 
     @property
+    def method(self) -> str:
+        """As it was asked for."""
+        return self.run.method
+
+    @property
     def name(self) -> str:
         """For people: `0.4 wrn-40-2>wrn-16-1 refilled`."""
-        return f"{self.overlap:g} {self.teacher}>{self.student} {self.run.method}"
+        return f"{self.overlap:g} {self.teacher}>{self.student} {self.method}"
+
+    @property
+    def group(self) -> str:
+        """Names what the cell is compared with: all that has the same overlap and student."""
+        return f"{self.overlap:g} {self.student}"
 
     @property
     def tags(self) -> dict[str, str]:
         """What MLflow's runs of this cell carry."""
         return {
             "cell": self.name,
-            "role": self.role,
             "overlap": f"{self.overlap:g}",
             "teacher": self.teacher,
             "student": self.student,
-            "method": self.run.method,
+            "method": self.method,
             "data_digest": self.data_digest,
         }
 
@@ -89,19 +106,22 @@ class Plan:
     search: SearchConfig
     storage: Path
     cells: tuple[Cell, ...]
-    baselines: tuple[Cell, ...]
 
     @property
-    def all_cells(self) -> tuple[Cell, ...]:
-        """Cells with a study: the grid's, then the vanilla students'."""
-        return self.cells + self.baselines
+    def places(self) -> tuple[Place, ...]:
+        """The cells of the grid."""
+        search = self.search
+        return tuple(Place(*each) for each in itertools.product(search.overlaps, search.teachers, search.students))
 
-    def baseline_of(self, cell: Cell) -> Cell:
-        """The vanilla student beside a cell; a search of vanilla students is its own baseline."""
-        if cell.role == "baseline":
-            return cell
-        same = [each for each in self.baselines if (each.overlap, each.student) == (cell.overlap, cell.student)]
-        return same[0] if same else cell
+    def at(self, place: Place) -> dict[str, Cell]:
+        """What is compared in a cell of the grid, by method."""
+        found = {
+            cell.method: cell
+            for cell in self.cells
+            if (cell.overlap, cell.student) == (place.overlap, place.student)
+            and cell.teacher in (place.teacher, NO_TEACHER)
+        }
+        return {method: found[method] for method in self.search.methods}
 
     @cached_property
     def key(self) -> str:
@@ -118,18 +138,17 @@ class Plan:
         search = self.search
         shape: list[object] = [search.experiment]
         if search.deterministic:
-            shape += [[name, getattr(search, name)] for name in _SHAPING] + [[each.identity for each in self.all_cells]]
+            shape += [[name, getattr(search, name)] for name in _SHAPING] + [[each.identity for each in self.cells]]
         studies = {}
-        for index, cell in enumerate(self.all_cells):
-            baseline = self.baseline_of(cell)
+        for index, cell in enumerate(self.cells):
             studies[cell.name] = StudyPlan(
                 key=cell.name,
                 name=f"{search.experiment} {cell.name} {content_hash([*shape, cell.identity])}",
                 run=cell.run,
                 num_trials=search.trials,
                 num_epochs=num_epochs_of(cell.run),
-                donors=donors(cell, self.all_cells[:index]),
-                baseline=None if baseline is cell else baseline.name,
+                donors=donors(cell, self.cells[:index]),
+                group=cell.group,
                 num_validation_images=cell.num_validation_images,
                 attributes={
                     **cell.tags,
@@ -154,22 +173,16 @@ def make_plan(search: SearchConfig) -> Plan:
     search = dataclasses.replace(search, run=_with_absolute_paths(search.run))
     storage = open_storage(search.storage)
     require_writable(storage, "storage")
-    cells, baselines = [], {}
-    for overlap in search.overlaps:
-        for teacher in search.teachers:
-            for student in search.students:
-                cell = _cell(search.run, "method", overlap, teacher, student, storage)
-                cells.append(cell)
-                if search.run.method != "student":
-                    baseline = _baseline_run(cell.run)
-                    baselines[overlap, student] = dataclasses.replace(
-                        cell, role="baseline", teacher=NO_TEACHER, run=baseline
-                    )
-    plan = Plan(search=search, storage=storage, cells=tuple(cells), baselines=tuple(baselines.values()))
-    least = sum(num_epochs_of(each.run) for each in plan.all_cells)
+    cells: dict[str, Cell] = {}
+    for overlap, teacher, student in itertools.product(search.overlaps, search.teachers, search.students):
+        for method in search.methods:
+            cell = _cell(search.run, method, overlap, teacher, student, storage)
+            cells.setdefault(cell.name, cell)
+    plan = Plan(search=search, storage=storage, cells=tuple(cells.values()))
+    least = sum(num_epochs_of(each.run) for each in plan.cells)
     if search.max_epochs_total is not None and search.max_epochs_total < least:
         raise UserError(
-            f"max_epochs_total must hold one whole trial of each of the {len(plan.all_cells)} studies, {least} epochs, "
+            f"max_epochs_total must hold one whole trial of each of the {len(plan.cells)} studies, {least} epochs, "
             f"got {search.max_epochs_total}."
         )
     for overlap in search.overlaps:
@@ -178,21 +191,36 @@ def make_plan(search: SearchConfig) -> Plan:
     return plan
 
 
-def _cell(template: RunConfig, role: Role, overlap: float, teacher: str, student: str, storage: Path) -> Cell:
-    run = dataclasses.replace(template, overlap=overlap, teacher=teacher, student=student)
+def _cell(template: RunConfig, method: str, overlap: float, teacher: str, student: str, storage: Path) -> Cell:
+    run = run_of_method(
+        dataclasses.replace(template, overlap=overlap, teacher=teacher, student=student), method, template.epochs
+    )
     task = load_task(run, cache_of(storage))
-    if run.method == "kd" and task.spaces.teacher != task.spaces.student:
-        raise UserError("method kd needs num_teacher_classes and num_student_classes to be equal (Eq. 2).")
+    _try_own_networks(run, task)
+    same_classes = any(term.needs.same_classes for stage in stages_of(run) for term in stage.terms)
+    if same_classes and task.spaces.teacher != task.spaces.student:
+        raise UserError(f"method {method} needs num_teacher_classes and num_student_classes to be equal (Eq. 2).")
     return Cell(
-        role=role,
         overlap=overlap,
-        teacher=teacher,
+        teacher=teacher if needs_teacher(run) else NO_TEACHER,
         student=student,
         run=run,
         spaces=task.spaces,
         data_digest=task.data_digest,
         num_validation_images=0 if task.validation is None else len(task.validation.labels),
     )
+
+
+def run_of_method(template: RunConfig, method: str, epochs: tuple[int, int]) -> RunConfig:
+    """A method's run: all methods train the same number of epochs, those with one stage all of them in it.
+
+    Args:
+        template: What all methods share; of its terms' settings the method takes its own.
+        method: A name or composition.
+        epochs: Of both stages, of a method that has two.
+    """
+    own = epochs if has_embedding_stage(method) else (0, sum(epochs))
+    return complete(with_own_code(dataclasses.replace(template, method=method, epochs=own)))
 
 
 def _with_absolute_paths(run: RunConfig) -> RunConfig:
@@ -204,9 +232,30 @@ def _with_absolute_paths(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, data=data, class_order=order)
 
 
-def _baseline_run(run: RunConfig) -> RunConfig:
-    """The vanilla student with all the epochs that the method spends on both its stages."""
-    return dataclasses.replace(run, method="student", epochs=(0, num_epochs_of(run)))
+def _try_own_networks(run: RunConfig, task: Task) -> None:
+    """Build the networks that come from files of the user's, so that a defect is found before anything is trained.
+
+    Raises:
+        UserError: One cannot be built.
+    """
+    channels, height, _ = task.train.images.shape[1:]
+    roles = [("student", run.student, task.spaces.student)]
+    if needs_teacher(run):
+        roles.append(("teacher", run.teacher, task.spaces.teacher))
+    for role, name, classes in roles:
+        if is_users(name):
+            try:
+                build_model(
+                    name,
+                    num_classes=len(classes),
+                    in_channels=channels,
+                    image_size=height,
+                    dropout=run.optimizer.dropout,
+                    seed=0,
+                    sources=run.sources,
+                )
+            except UserError as error:
+                raise UserError(f"{role}s: {error}") from error
 
 
 def _validate_model(field_name: str, name: str) -> None:

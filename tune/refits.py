@@ -1,4 +1,4 @@
-"""After the search: the winners and the vanilla students beside them, trained on all images, tested once a seed."""
+"""After the search: the winner of every method in every cell, trained on all images, tested once a seed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from optuna.trial import FrozenTrial
 
 from refilled.config import RunConfig
-from refilled.methods import needs_teacher
+from refilled.methods import VANILLA, has_embedding_stage
+from refilled.stages import needs_teacher
 from refilled.storage.store import read_json
 from tune.backend.cluster import Resources
 from tune.backend.jobs import JobSpec, run_jobs
 from tune.plan import Cell, Plan
 from tune.progress import Progress
 from tune.studies.searcher import overrides_of
-from tune.summary import CellResult, Refits
+from tune.studies.space import edges
+from tune.summary import MethodResult, Refits
 from tune.tracking.recorder import Recorder
 
 
@@ -47,16 +49,16 @@ def refit_winners(
     recorder: Recorder,
     progress: Progress,
     resources: Resources,
-) -> list[CellResult]:
-    """Refit every winner with every seed and read the test set; a cell whose refits fail has no result."""
-    groups = {cell.name: _refits_of(plan, winners, cell) for cell in plan.cells if _is_ready(plan, winners, cell)}
+) -> list[MethodResult]:
+    """Refit every winner with every seed and read the test set; a winner whose refits fail has no result."""
+    groups = {name: _refits_of(plan, winner) for name, winner in winners.items()}
     wanted = {recorder.key(each.cell, each.run): each for group in groups.values() for each in group}
     pretrain(plan, [each.run for each in wanted.values()], "pre-training teachers on all images", progress, resources)
     for each in wanted.values():
         recorder.open_refit(each.cell, each.run, each.role)
     progress.start_jobs("refitting winners", len(wanted))
     tested: dict[str, float | None] = {}
-    sharing = len(plan.search.students) * plan.search.seeds
+    sharing = len(plan.search.students) * len(plan.search.methods) * plan.search.seeds
     jobs = [JobSpec("refit", key, each.run, sharing) for key, each in wanted.items()]
     for result in run_jobs(jobs, plan.storage, resources):
         each = wanted[result.job.name]
@@ -88,23 +90,17 @@ def pretrain(plan: Plan, runs: list[RunConfig], phase: str, progress: Progress, 
         progress.job_ended()
 
 
-def _is_ready(plan: Plan, winners: Mapping[str, Winner], cell: Cell) -> bool:
-    return cell.name in winners and plan.baseline_of(cell).name in winners
-
-
-def _refits_of(plan: Plan, winners: Mapping[str, Winner], cell: Cell) -> list[_Refit]:
-    """A cell's refits: of its winner, of the vanilla student, and of that with the classifier stage's epochs alone."""
-    baseline = plan.baseline_of(cell)
-    variants = [(cell, winners[cell.name].run, "method")]
-    if baseline is not cell:
-        vanilla = winners[baseline.name].run
-        short = dataclasses.replace(vanilla, epochs=(0, cell.run.epochs[1]))
-        variants += [(baseline, vanilla, "baseline"), (baseline, short, "baseline_short")]
-    refits = []
-    for each, run, role in variants:
-        for seed in range(plan.search.run.seed, plan.search.run.seed + plan.search.seeds):
-            refits.append(_Refit(each, dataclasses.replace(run, val_fraction=0.0, seed=seed), role))
-    return refits
+def _refits_of(plan: Plan, winner: Winner) -> list[_Refit]:
+    """A winner's refits; of a vanilla student beside two-stage methods also with their last stage's epochs alone."""
+    cell, run = winner.cell, winner.run
+    variants = [(run, "method")]
+    if cell.method == VANILLA and any(has_embedding_stage(method) for method in plan.search.methods):
+        variants.append((dataclasses.replace(run, epochs=(0, plan.search.run.epochs[1])), "baseline_short"))
+    return [
+        _Refit(cell, dataclasses.replace(each, val_fraction=0.0, seed=plan.search.run.seed + number), role)
+        for each, role in variants
+        for number in range(plan.search.seeds)
+    ]
 
 
 def _results(
@@ -113,45 +109,31 @@ def _results(
     groups: Mapping[str, list[_Refit]],
     tested: Mapping[str, float | None],
     recorder: Recorder,
-) -> list[CellResult]:
-    results = []
-    whole = {cell: group for cell, group in groups.items() if _is_whole(group, tested, recorder)}
-    winning = {
-        cell.name: recorder.mark_winner(cell, winners[cell.name].run)
-        for grid_cell in plan.cells
-        if grid_cell.name in whole
-        for cell in (plan.baseline_of(grid_cell), grid_cell)
-    }
+) -> list[MethodResult]:
+    """One result for every method in every cell of the grid whose refits were all tested, cell by cell."""
+    whole = {name: group for name, group in groups.items() if _is_whole(group, tested, recorder)}
+    winning = {name: recorder.mark_winner(winners[name].cell, winners[name].run) for name in whole}
     run_ids = recorder.run_ids({*tested, *winning.values()})
-    for cell in plan.cells:
-        if cell.name not in whole:
-            continue
-        by_role: dict[str, Refits] = {}
-        for each in whole[cell.name]:
-            refits = by_role.setdefault(each.role, Refits(run=each.run))
+    found = {}
+    for name, group in whole.items():
+        winner, by_role = winners[name], dict[str, Refits]()
+        for each in group:
             key = recorder.key(each.cell, each.run)
             value = tested[key]
             assert value is not None
-            refits.seeds.append(each.run.seed)
-            refits.test_accuracy.append(value)
-            refits.run_keys.append(key)
-            refits.run_ids.append(run_ids[key])
-        winner, baseline = winners[cell.name], winners[plan.baseline_of(cell).name]
-        results.append(
-            CellResult(
-                cell=cell,
-                val_accuracy=float(winner.trial.value or 0.0),
-                trial=winner.trial.number,
-                trial_run_key=winning[cell.name],
-                trial_run_id=run_ids[winning[cell.name]],
-                counts=winner.counts,
-                refits=by_role["method"],
-                baseline=by_role.get("baseline", by_role["method"]),
-                baseline_val_accuracy=float(baseline.trial.value or 0.0),
-                baseline_short=by_role.get("baseline_short", by_role["method"]),
-            )
+            by_role.setdefault(each.role, Refits(run=each.run)).add(each.run.seed, value, key, run_ids[key])
+        found[name] = MethodResult(
+            cell=winner.cell,
+            val_accuracy=float(winner.trial.value or 0.0),
+            trial=winner.trial.number,
+            trial_run_key=winning[name],
+            trial_run_id=run_ids[winning[name]],
+            counts=winner.counts,
+            refits=by_role["method"],
+            short=by_role.get("baseline_short"),
+            edges=edges(winner.trial.params, winner.cell.run),
         )
-    return results
+    return [found[cell.name] for cell in plan.cells if cell.name in found]
 
 
 def _is_whole(group: Sequence[_Refit], tested: Mapping[str, float | None], recorder: Recorder) -> bool:

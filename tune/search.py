@@ -1,6 +1,7 @@
-"""Search the best way to distil, for every cell of overlap x teacher x student.
+"""Search the best settings of every method, for every cell of overlap x teacher x student.
 
     python tune/search.py                                              the digits, minutes, on this machine
+    python tune/search.py --methods student refilled rkd aml           methods side by side
     python tune/search.py cifar100 --data parquet:DIR --overlaps 0 1   real images
     ray job submit --working-dir . -- python tune/search.py            the same program on a cluster
 
@@ -21,11 +22,12 @@ from rich.console import Console
 
 from refilled.config import SearchConfig
 from refilled.errors import UserError
+from refilled.methods import VANILLA, has_embedding_stage
 from refilled.presets import preset
 from refilled.storage.mirror import is_mirrored, location_of
 from refilled.storage.store import write_bytes, write_json
 from tune.backend.cluster import Resources, fit, ray_cluster, ray_environment
-from tune.cli import run_command
+from tune.cli import run_command, term_configs
 
 if TYPE_CHECKING:
     from tune.forecast.forecast import Actual, Forecast, PhaseName
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from tune.progress import Progress
     from tune.sweep import SweepResult
 
-HELP = "Search REFILLED's settings for every cell of overlap x teacher x student, refit the winners, test them once."
+HELP = "Search every method's settings in every cell of overlap x teacher x student, refit the winners, test them once."
 
 
 def main(search: SearchConfig) -> int:
@@ -75,7 +77,7 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_
     from tune.forecast.forecast import compare
     from tune.progress import Progress
     from tune.refits import pretrain, refit_winners
-    from tune.summary import table
+    from tune.summary import remarks, rows, table
     from tune.sweep import describe, run_search
     from tune.tracking.recorder import Recorder
 
@@ -90,13 +92,14 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_
         if forecast is not None:
             console.print(forecast.table())
         with Progress(console, began_s) as progress:
-            pretrain(plan, [cell.run for cell in plan.all_cells], "pre-training teachers", progress, resources)
+            pretrain(plan, [cell.run for cell in plan.cells], "pre-training teachers", progress, resources)
             sweep = run_search(plan, study_storage, recorder, progress, resources, deadline_s=deadline_s)
-            results = [each.to_json() for each in refit_winners(plan, sweep.winners, recorder, progress, resources)]
+            found = refit_winners(plan, sweep.winners, recorder, progress, resources)
+    results = rows(plan, found)
     path = plan.storage / "summary.json"
     write_json(path, results)
     console.print(table(results, search.seeds))
-    for line in describe(sweep):
+    for line in [*remarks(results), *describe(sweep)]:
         console.print(line, highlight=False)
     actual = _actual(sweep, progress)
     record = {"trials": sweep.to_json(), "actual": dataclasses.asdict(actual)}
@@ -104,9 +107,9 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_
         comparison = compare(forecast, actual)
         console.print(comparison.table())
         record["forecast"] = comparison.to_json()
-    missing = [cell.name for cell in plan.cells if not any(_is_of(each, cell) for each in results)]
+    missing = [cell.name for cell in plan.cells if cell not in [result.cell for result in found]]
     for name in missing:
-        print(f"search: cell {name} has no result; its trials or refits failed.", file=sys.stderr)
+        print(f"search: {name} has no result; its trials or refits failed.", file=sys.stderr)
     tracker.finish_search(status="FAILED" if missing else "FINISHED", artifacts=_artifacts(plan, path, record))
     print(
         f"Summary: {location_of(plan.storage)}/{path.name}\nMLflow: experiment {search.experiment!r} at {tracking_uri}"
@@ -176,10 +179,6 @@ def _own_storage(plan: Plan) -> str:
     return f"sqlite:///{plan.storage / 'studies.db'}"
 
 
-def _is_of(result: dict[str, Any], cell: Any) -> bool:
-    return (result["overlap"], result["teacher"], result["student"]) == (cell.overlap, cell.teacher, cell.student)
-
-
 def _artifacts(plan: Plan, summary: Path, record: dict[str, Any]) -> Path:
     """A folder for the parent run: the summary, the whole configuration, and what the search did and took."""
     folder = plan.storage / "searches" / plan.key
@@ -190,10 +189,29 @@ def _artifacts(plan: Plan, summary: Path, record: dict[str, Any]) -> Path:
     return folder
 
 
+def start(preset_name: str, methods: tuple[str, ...]) -> SearchConfig:
+    """A preset with other methods, unless none are given."""
+    search = preset(preset_name)
+    methods = methods or search.methods
+    # Of what all methods share, the method is the one with the most stages, whose epochs all have to be given.
+    widest = next((method for method in methods if has_embedding_stage(method)), methods[0])
+    return dataclasses.replace(search, methods=methods, run=dataclasses.replace(search.run, method=widest))
+
+
 def command(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    hidden = {"run.overlap", "run.teacher", "run.student"}  # the grid's, as lists
-    return run_command("search", HELP, preset, main, hidden=hidden, inlined={"run"}, arguments=arguments)
+    hidden = {"run.overlap", "run.teacher", "run.student", "run.method", "run.sources"}  # the grid's, as lists
+    return run_command(
+        "search",
+        HELP,
+        start,
+        main,
+        terms=lambda search: term_configs(search.run, search.methods),
+        beside_method=VANILLA,
+        hidden=hidden,
+        inlined={"run", "run.terms"},
+        arguments=arguments,
+    )
 
 
 if __name__ == "__main__":

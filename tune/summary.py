@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.table import Table
 
-from refilled.config import RunConfig
+from refilled.config import RunConfig, ScheduleConfig
+from refilled.methods import VANILLA, composition
+from refilled.stages import place_of, stages_of, term_config
 from refilled.statistics import mean_and_ci95
-from tune.plan import Cell
+from tune.plan import Cell, Place, Plan
+from tune.studies.space import Edge
+
+_SYMBOLS = {"temperature": "τ", "distill_weight": "λ", "max_negatives": "K̂"}
+SHORT = f"{VANILLA}, classifier epochs only"
 
 
 @dataclass
@@ -23,10 +30,29 @@ class Refits:
     run_keys: list[str] = field(default_factory=list)
     run_ids: list[str | None] = field(default_factory=list)
 
+    def add(self, seed: int, test_accuracy: float, run_key: str, run_id: str | None) -> None:
+        """Take one refit."""
+        self.seeds.append(seed)
+        self.test_accuracy.append(test_accuracy)
+        self.run_keys.append(run_key)
+        self.run_ids.append(run_id)
+
 
 @dataclass(frozen=True)
-class CellResult:
-    """All that is known of a cell at the end."""
+class MethodResult:
+    """All that is known of one method in one cell at the end.
+
+    Attributes:
+        cell: The method and where it was searched.
+        val_accuracy: The winner's.
+        trial: The winner's number in its study.
+        trial_run_key: Its key in MLflow.
+        trial_run_id: Its id, none where MLflow has not taken it yet.
+        counts: How the study's trials ended.
+        refits: Of the winner.
+        short: Of a vanilla student, with the classifier stage's epochs alone; none where there are none.
+        edges: Settings of the winner at an end of their range.
+    """
 
     cell: Cell
     val_accuracy: float
@@ -35,104 +61,179 @@ class CellResult:
     trial_run_id: str | None
     counts: dict[str, int]
     refits: Refits
-    baseline: Refits
-    baseline_val_accuracy: float
-    baseline_short: Refits
+    short: Refits | None
+    edges: list[Edge]
 
-    def to_json(self) -> dict[str, Any]:
-        """One object of `summary.json`; accuracies are shares in [0, 1].
 
-        A run's key is its tag `run_key` in MLflow; its id is null where MLflow had not taken it yet.
-        """
-        mean, ci95 = mean_and_ci95(self.refits.test_accuracy)
-        base_mean, base_ci95 = mean_and_ci95(self.baseline.test_accuracy)
-        differences = [a - b for a, b in zip(self.refits.test_accuracy, self.baseline.test_accuracy, strict=True)]
-        difference, difference_ci95 = mean_and_ci95(differences)
-        return {
-            "overlap": self.cell.overlap,
-            "teacher": self.cell.teacher,
-            "student": self.cell.student,
-            "method": self.cell.run.method,
-            "teacher_classes": list(self.cell.spaces.teacher),
-            "student_classes": list(self.cell.spaces.student),
-            "data_digest": self.cell.data_digest,
-            "config": self.refits.run.to_dict(),
-            "trial": self.trial,
-            "trials": self.counts,
-            "val_accuracy": self.val_accuracy,
-            "seeds": self.refits.seeds,
-            "test_accuracy": self.refits.test_accuracy,
-            "test_accuracy_mean": mean,
-            "test_accuracy_ci95": ci95,
-            "baseline_config": self.baseline.run.to_dict(),
-            "baseline_val_accuracy": self.baseline_val_accuracy,
-            "baseline_test_accuracy": self.baseline.test_accuracy,
-            "baseline_test_accuracy_mean": base_mean,
-            "baseline_test_accuracy_ci95": base_ci95,
-            "baseline_short_test_accuracy": self.baseline_short.test_accuracy,
-            "difference_mean": difference,
-            "difference_ci95": difference_ci95,
-            "run_ids": self.refits.run_ids,
-            "run_keys": self.refits.run_keys,
-            "trial_run_id": self.trial_run_id,
-            "trial_run_key": self.trial_run_key,
-            "baseline_run_ids": self.baseline.run_ids,
-            "baseline_run_keys": self.baseline.run_keys,
-            "baseline_short_run_ids": self.baseline_short.run_ids,
-            "baseline_short_run_keys": self.baseline_short.run_keys,
-        }
+def rows(plan: Plan, results: Sequence[MethodResult]) -> list[dict[str, Any]]:
+    """The objects of `summary.json`, one a cell of the grid and method; accuracies are shares in [0, 1].
+
+    A vanilla student, which is searched once for all teachers, is a row in the cell of each. The fields that begin with
+    `baseline` are of the vanilla student in the same cell; null where none was searched, and its own in its own row.
+    """
+    by_name = {result.cell.name: result for result in results}
+    found = []
+    for place in plan.places:
+        beside = {method: by_name[cell.name] for method, cell in plan.at(place).items() if cell.name in by_name}
+        found += [_row(place, result, beside) for result in beside.values()]
+    return found
+
+
+def _row(place: Place, result: MethodResult, beside: Mapping[str, MethodResult]) -> dict[str, Any]:
+    """One object of `summary.json`; `beside` are the results of the cell's methods, this one among them.
+
+    A run's key is its tag `run_key` in MLflow; its id is null where MLflow had not taken it yet.
+    """
+    cell, refits, baseline = result.cell, result.refits, beside.get(VANILLA)
+    mean, ci95 = mean_and_ci95(refits.test_accuracy)
+    difference, difference_ci95 = (None, None) if baseline is None else paired(refits, baseline.refits)
+    return {
+        "overlap": place.overlap,
+        "teacher": place.teacher,
+        "student": place.student,
+        "method": cell.method,
+        "terms": composition(cell.method),
+        "teacher_classes": list(cell.spaces.teacher),
+        "student_classes": list(cell.spaces.student),
+        "data_digest": cell.data_digest,
+        "config": refits.run.to_dict(),
+        "trial": result.trial,
+        "trials": result.counts,
+        "val_accuracy": result.val_accuracy,
+        "seeds": refits.seeds,
+        "test_accuracy": refits.test_accuracy,
+        "test_accuracy_mean": mean,
+        "test_accuracy_ci95": ci95,
+        **_baseline(baseline),
+        "difference_mean": difference,
+        "difference_ci95": difference_ci95,
+        "differences": {
+            method: dict(zip(("mean", "ci95"), paired(refits, other.refits), strict=True))
+            for method, other in beside.items()
+            if other is not result
+        },
+        "at_edge": [asdict(edge) for edge in result.edges],
+        "run_ids": refits.run_ids,
+        "run_keys": refits.run_keys,
+        "trial_run_id": result.trial_run_id,
+        "trial_run_key": result.trial_run_key,
+    }
+
+
+def _baseline(baseline: MethodResult | None) -> dict[str, Any]:
+    """The vanilla student's fields in a row of its cell."""
+    if baseline is None:
+        of_baseline = ("config", "val_accuracy", "test_accuracy", "test_accuracy_mean", "test_accuracy_ci95")
+        of_runs = ("short_test_accuracy", "run_ids", "run_keys", "short_run_ids", "short_run_keys")
+        return {f"baseline_{name}": None for name in (*of_baseline, *of_runs)}
+    refits, short = baseline.refits, baseline.short or baseline.refits
+    mean, ci95 = mean_and_ci95(refits.test_accuracy)
+    return {
+        "baseline_config": refits.run.to_dict(),
+        "baseline_val_accuracy": baseline.val_accuracy,
+        "baseline_test_accuracy": refits.test_accuracy,
+        "baseline_test_accuracy_mean": mean,
+        "baseline_test_accuracy_ci95": ci95,
+        "baseline_short_test_accuracy": short.test_accuracy,
+        "baseline_run_ids": refits.run_ids,
+        "baseline_run_keys": refits.run_keys,
+        "baseline_short_run_ids": short.run_ids,
+        "baseline_short_run_keys": short.run_keys,
+    }
+
+
+def paired(one: Refits, other: Refits) -> tuple[float, float | None]:
+    """Mean difference of test accuracies over equal seeds, and the half width of its 95 % interval."""
+    return mean_and_ci95([a - b for a, b in zip(one.test_accuracy, other.test_accuracy, strict=True)])
 
 
 def table(results: Sequence[dict[str, Any]], seeds: int) -> Table:
-    """The objects of `summary.json` as a table for people; accuracies in per cent."""
+    """The objects of `summary.json` as a table for people, a line a method, cell by cell; accuracies in per cent."""
     of = f"mean ± 95 % interval over {seeds} seeds" if seeds > 1 else "one seed, so no interval"
-    shown = Table(title=f"Accuracy in %; test: {of}", show_lines=True)
+    shown = Table(title=f"Accuracy in %; test: {of}; differences are paired by seed")
     for name, justify in (
         ("overlap", "right"),
         ("teacher > student", "left"),
-        ("method, winner's settings", "left"),
+        ("method", "left"),
+        ("winner's settings", "left"),
+        ("trials", "right"),
         ("validation", "right"),
         ("test", "right"),
-        ("vanilla student", "right"),
-        ("same, classifier epochs only", "right"),
-        ("difference", "right"),
+        ("minus vanilla student", "right"),
     ):
         shown.add_column(name, justify=justify)  # type: ignore[arg-type]  # rich's literal, from the tuples above
-    for each in results:
-        shown.add_row(
-            f"{each['overlap']:g}",
-            f"{each['teacher']} > {each['student']}",
-            f"{each['method']}\n{settings(each['config'])}",
-            f"{100 * each['val_accuracy']:.2f}",
-            _interval(each["test_accuracy"]),
-            _interval(each["baseline_test_accuracy"]),
-            _interval(each["baseline_short_test_accuracy"]),
-            _interval([a - b for a, b in zip(each["test_accuracy"], each["baseline_test_accuracy"], strict=True)], "+"),
-        )
+    for _, group in itertools.groupby(results, lambda each: (each["overlap"], each["teacher"], each["student"])):
+        for each in group:
+            shown.add_row(*_cells(each))
+            if each["method"] == VANILLA and each["baseline_short_run_keys"] != each["run_keys"]:
+                shown.add_row("", "", SHORT, "", "", "", _interval(each["baseline_short_test_accuracy"]), "")
+        shown.add_section()
     return shown
 
 
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    baseline = row["baseline_test_accuracy"]
+    difference = ""
+    if baseline is not None and row["method"] != VANILLA:
+        difference = _interval([a - b for a, b in zip(row["test_accuracy"], baseline, strict=True)], "+")
+    return (
+        f"{row['overlap']:g}",
+        f"{row['teacher']} > {row['student']}",
+        row["method"],
+        settings(row["config"]),
+        str(row["trials"]["complete"] + row["trials"]["pruned"]),
+        f"{100 * row['val_accuracy']:.2f}",
+        _interval(row["test_accuracy"]),
+        difference,
+    )
+
+
 def settings(config: dict[str, Any]) -> str:
-    """A winner's settings in the paper's symbols, one line a stage."""
+    """A winner's searched kinds of settings, in the paper's symbols where it has some, one line a stage."""
     run = RunConfig.from_dict(config)
     lines = []
-    if run.method in ("refilled_emb", "refilled_minus", "refilled"):
-        stage = run.embedding
-        negatives = "∞" if stage.max_negatives is None else stage.max_negatives
-        lines.append(
-            f"τ {stage.temperature:.3g}, K̂ {negatives}, weight {stage.weight:.3g}, {_schedule(stage.schedule)}"
-        )
-    classifier = [_schedule(run.classifier.schedule), f"decay {run.optimizer.weight_decay:.2g}"]
-    if run.method not in ("student", "refilled_emb"):
-        classifier = [f"λ {run.classifier.distill_weight:.3g}", f"τ {run.classifier.temperature:.3g}", *classifier]
-    return "\n".join([*lines, ", ".join(classifier)])
+    for stage in stages_of(run):
+        words = []
+        for number, term in enumerate(stage.terms):
+            weight = (term.weight_space,) if number and term.weight_space is not None else ()
+            values = term_config(term, run).flat()
+            prefix = "" if place_of(term) in ("embedding", "classifier") else f"{term.name} "
+            words += [f"{prefix}{_setting(each.name, values[each.name])}" for each in (*weight, *term.searched(run))]
+        words.append(_schedule(stage.schedule))
+        if stage.name == "classifier":
+            words.append(f"decay {run.optimizer.weight_decay:.2g}")
+        lines.append(", ".join(words))
+    return "\n".join(lines)
 
 
-def _schedule(schedule: Any) -> str:
+def _setting(name: str, value: Any) -> str:
+    text = "∞" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{_SYMBOLS.get(name, name.replace('_', ' '))} {text}"
+
+
+def remarks(results: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader of the table should know: winners at the end of a range, and methods that had unequal trials."""
+    lines = []
+    for row in results:
+        where = f"{row['overlap']:g} {row['teacher']}>{row['student']} {row['method']}"
+        for edge in row["at_edge"]:
+            lines.append(
+                f"{where}: the winner's {edge['name']} {edge['value']:.3g} is at the end of its range "
+                f"{edge['low']:g} .. {edge['high']:g}; a better one may lie beyond."
+            )
+    for place, group in itertools.groupby(results, lambda each: (each["overlap"], each["teacher"], each["student"])):
+        counts = {each["method"]: each["trials"]["complete"] + each["trials"]["pruned"] for each in group}
+        if len(set(counts.values())) > 1:
+            said = ", ".join(f"{method} {count}" for method, count in counts.items())
+            lines.append(f"{place[0]:g} {place[1]}>{place[2]}: methods had unequal numbers of trials: {said}.")
+    return list(dict.fromkeys(lines))
+
+
+def _schedule(schedule: ScheduleConfig) -> str:
     return f"{schedule.kind} {schedule.learning_rate:.3g}"
 
 
-def _interval(values: list[float], sign: str = "") -> str:
+def _interval(values: Sequence[float], sign: str = "") -> str:
     if not values:
         return "-"
     mean, ci95 = mean_and_ci95(values)

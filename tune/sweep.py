@@ -72,7 +72,7 @@ def run_search(
         UserError: no trial can go on, such as with a full disk; the next start continues.
     """
     search = plan.search
-    cells = {cell.name: cell for cell in plan.all_cells}
+    cells = {cell.name: cell for cell in plan.cells}
     budget = Budget(
         max_epochs_total=search.max_epochs_total, adaptive_share=search.adaptive_share, deadline_s=deadline_s
     )
@@ -85,7 +85,7 @@ def run_search(
         trial_function(
             resources,
             plan.storage,
-            num_sharing_runs=_num_sharing_runs(plan),
+            num_sharing_runs=num_sharing_runs(plan),
             backend=search.trial_backend,
             share_embeddings=search.share_embeddings,
         ),
@@ -149,19 +149,20 @@ def describe(result: SweepResult) -> list[str]:
 
 def _say_what_banks_will_do(plan: Plan, progress: Progress) -> None:
     """The two costs by which every trial decides, which otherwise only the workers' logs hold."""
-    run = plan.cells[0].run
-    epochs = epochs_with_teacher(run)
+    most = max((cell.run for cell in plan.cells), key=epochs_with_teacher)
+    epochs = epochs_with_teacher(most)
     if not epochs:
         return
-    num_views, sharing = len(Views(run.views).view_ids), _num_sharing_runs(plan)
-    built = {"bank": True, "live": False, "auto": bank_pays(run, num_views, sharing)}[run.bank.mode]
+    num_views, sharing = len(Views(most.views).view_ids), num_sharing_runs(plan)
+    built = {"bank": True, "live": False, "auto": bank_pays(most, num_views, sharing)}[most.bank.mode]
     progress.note(
-        f"Teacher's passes over the data, for each overlap: {num_views} to fill a bank of all views, "
+        f"Teacher's passes over the data, for each overlap: {num_views} to fill a bank of all views, up to "
         f"{sharing * epochs} for {sharing} trials of {epochs} epochs without: "
         f"{'banks are used' if built else 'the teacher runs in every step, unless a bank is there already'}."
     )
 
 
-def _num_sharing_runs(plan: Plan) -> int:
-    """Trials that ask the same teacher about the same images: those of all students of an overlap."""
-    return len(plan.search.students) * plan.search.trials
+def num_sharing_runs(plan: Plan) -> int:
+    """Trials that ask the same teacher about the same images: of all students and methods of an overlap."""
+    asking = {cell.method for cell in plan.cells if epochs_with_teacher(cell.run)}
+    return max(1, len(plan.search.students) * len(asking) * plan.search.trials)

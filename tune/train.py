@@ -23,11 +23,13 @@ from rich.console import Console
 
 from refilled.config import Config, RunConfig, SearchConfig
 from refilled.config.base import require
+from refilled.errors import UserError
+from refilled.methods import has_embedding_stage
 from refilled.presets import preset
 from refilled.storage import mirror
 from refilled.storage.mirror import location_of
 from tune.backend.cluster import connect, fit, ray_cluster, ray_environment
-from tune.cli import run_command
+from tune.cli import run_command, term_configs
 
 if TYPE_CHECKING:
     from refilled.storage.run_folder import RunFolder
@@ -81,8 +83,11 @@ class TrainConfig(Config):
 
     def as_search(self) -> SearchConfig:
         """The search of one cell and one trial that plans and checks this run, and whose checks are these fields'."""
+        # A search trains methods of one stage for the epochs of both; here they are what is given.
+        is_whole = has_embedding_stage(self.run.method)
         return SearchConfig(
-            run=self.run,
+            run=self.run if is_whole else dataclasses.replace(self.run, epochs=(0, self.run.epochs[1])),
+            methods=(self.run.method,),
             overlaps=(self.run.overlap,),
             teachers=(self.run.teacher,),
             students=(self.run.student,),
@@ -97,10 +102,17 @@ class TrainConfig(Config):
         )
 
 
-def start(preset_name: str) -> TrainConfig:
-    """A preset's run, of the first teacher and student of its grid."""
+def start(preset_name: str, methods: tuple[str, ...]) -> TrainConfig:
+    """A preset's run, of the first teacher and student of its grid, with the method that is given, if any.
+
+    Raises:
+        UserError: Several methods are given.
+    """
     search = preset(preset_name)
+    if len(methods) > 1:
+        raise UserError(f"--method must be one method, got {', '.join(methods)}; tune/search.py compares several.")
     run = dataclasses.replace(search.run, teacher=search.teachers[0], student=search.students[0])
+    run = dataclasses.replace(run, method=methods[0] if methods else run.method)
     return TrainConfig(run=run, storage=search.storage, experiment=search.experiment)
 
 
@@ -201,7 +213,16 @@ class _Follower:
 
 def command(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return run_command("train", HELP, start, main, inlined={"run"}, arguments=arguments)
+    return run_command(
+        "train",
+        HELP,
+        start,
+        main,
+        terms=lambda config: term_configs(config.run, [config.run.method]),
+        hidden={"run.method", "run.sources"},
+        inlined={"run", "run.terms"},
+        arguments=arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -63,9 +63,8 @@ def work(
         share_embeddings: let a run take its embedding stage from another one (see `refilled.execution.execute`).
         on_report: takes the rows.
     """
-    from refilled.execution import execute, refit
+    from refilled.execution import execute, pretrain_once, refit
     from refilled.storage.mirror import open_storage
-    from refilled.teacher import pretrain_once
 
     run, folder = RunConfig.from_dict(config), open_storage(storage)
     with known_process_state(run.seed, num_threads):

@@ -202,7 +202,7 @@ def _trials(
     done_trials: Mapping[str, int],
 ) -> tuple[Done, int]:
     """The trials as simulated on average, and the epochs they would have if every one were whole."""
-    search, cells = plan.search, plan.all_cells
+    search, cells = plan.search, plan.cells
     left = trials_left(cells, search.trials, done_trials)
     works = {cell.name: workload.trial(cell) for cell in cells}
     studies = {

@@ -61,7 +61,7 @@ def measure_all(plan: Plan, resources: Resources) -> Timings:
     from refilled.timing import StepTimes
 
     started_s = time.monotonic()
-    runs = {kind_of(cell): cell.run for cell in reversed(plan.all_cells)}
+    runs = {kind_of(cell): cell.run for cell in reversed(plan.cells)}
     paths = {kind: _path(plan, run, resources) for kind, run in runs.items()}
     known = {kind: _kept(path) for kind, path in paths.items()}
     records = {kind: record for kind, record in known.items() if record is not None}

@@ -10,10 +10,11 @@ from refilled.config import RunConfig
 from refilled.data.batches import num_batches
 from refilled.data.views import Views
 from refilled.embedding_cache.rows import BankFormat
-from refilled.embedding_cache.site import bank_pays
+from refilled.embedding_cache.site import bank_pays, epochs_with_teacher
 from refilled.execution import cache_of
-from refilled.methods import needs_teacher, num_epochs_of, stages_of
+from refilled.methods import VANILLA, has_embedding_stage
 from refilled.models import build_model
+from refilled.stages import needs_teacher, num_epochs_of, stages_of
 from refilled.tasks.classification import load_task
 from refilled.teacher import pretraining_run, teacher_folder
 from tune.backend.cluster import Resources
@@ -68,24 +69,26 @@ class Workload:
             cell,
             cell.run,
             on_all=False,
-            num_sharing_runs=len(search.students) * search.trials,
+            num_sharing_runs=self._sharing(search.trials),
             fixed_s=GROUP_TRIAL_S if is_group else TRIAL_S,
             row_s=GROUP_ROW_S if is_group else ROW_S,
         )
 
     def refits(self) -> list[Work]:
-        """All refits, in their order: of winners, vanilla students, and these with the classifier stage's epochs."""
-        works = {}
+        """All refits, in their order: of winners, and of vanilla students with the classifier stage's epochs alone."""
+        search, works = self._plan.search, list[Work]()
+        has_two = any(has_embedding_stage(method) for method in search.methods)
         for cell in self._plan.cells:
-            baseline = self._plan.baseline_of(cell)
-            variants = [(cell, cell.run)]
-            if baseline is not cell:
-                variants += [(baseline, baseline.run)]
-                variants += [(baseline, dataclasses.replace(baseline.run, epochs=(0, cell.run.epochs[1])))]
-            for each, run in variants:
-                for seed in range(self._plan.search.seeds):
-                    works[each.name, num_epochs_of(run), seed] = self._refit(each, run)
-        return list(works.values())
+            variants = [cell.run]
+            if cell.method == VANILLA and has_two:
+                variants.append(dataclasses.replace(cell.run, epochs=(0, search.run.epochs[1])))
+            works += [self._refit(cell, run) for run in variants for _ in range(search.seeds)]
+        return works
+
+    def _sharing(self, count: int) -> int:
+        """Runs, `count` of a method, that ask the same teacher about the same images."""
+        asking = {cell.method for cell in self._plan.cells if epochs_with_teacher(cell.run)}
+        return max(1, len(self._plan.search.students) * len(asking) * count)
 
     def _refit(self, cell: Cell, run: RunConfig) -> Work:
         search, times = self._plan.search, self._times(cell)
@@ -95,7 +98,7 @@ class Workload:
             cell,
             run,
             on_all=True,
-            num_sharing_runs=len(search.students) * search.seeds,
+            num_sharing_runs=self._sharing(search.seeds),
             fixed_s=JOB_S + group_s + TEST_SHARE * (train + held_out) * times.accuracy_s / self._resources.num_workers,
             row_s=0.0,
         )
@@ -117,13 +120,16 @@ class Workload:
                 bank_s, live_s = times.classifier_bank_s, times.classifier_live_s
                 validation_s = validation * times.accuracy_s
             beside_s = validation_s / workers + times.epoch_s + row_s
-            live_s = live_s if needs_teacher(run, stage.name) else bank_s
+            if not stage.is_cacheable:  # no teacher, or one that no bank can stand for; both are timed as what they do
+                bank_s = live_s = max(bank_s, live_s)
             stages.append((stage.num_epochs, steps * bank_s + beside_s, steps * live_s + beside_s))
         work = Work(stages=tuple(stages), fixed_s=times.run_s + fixed_s)
         if not needs_teacher(run):
             return work
         num_views = len(Views(run.views).view_ids)
-        has_bank = run.bank.mode != "live" and self._bank_fits(cell, run, train, num_views)
+        has_bank = (
+            run.bank.mode != "live" and epochs_with_teacher(run) > 0 and self._bank_fits(cell, run, train, num_views)
+        )
         has_bank = has_bank and (run.bank.mode == "bank" or bank_pays(run, num_views, num_sharing_runs))
         return dataclasses.replace(
             work,

@@ -1,8 +1,8 @@
 """Which cell gets the next trial, and when the search has spent its budget.
 
-Every cell first gets an equal share of the trials and of the epochs. What is held back (`adaptive_share`), and what
-cells left unspent, then goes one by one to the cell whose winner is least certain. A cell of the method gets such a
-trial only when the vanilla student beside it has had one more, so that nobody compares a long search with a short one.
+Every study first gets an equal share of the trials and of the epochs. What is held back (`adaptive_share`), and what
+studies left unspent, then goes where a winner is least certain: one more trial for every method that is compared there,
+or for none, so that nobody compares a long search with a short one.
 
 By generations (`deterministic`) such trials are given out in rounds, each decided when nothing runs, and written down
 first; a search that continues finds the same decision.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from optuna.trial import TrialState
@@ -63,7 +63,7 @@ class Allocation:
                 open_cells = [cell for cell in self._cells if cell.remaining and self._room(cell)]
             open_cells = [cell for cell in open_cells if cell.can_draw and self._is_ready(cell)]
         elif not open_cells:
-            cell = self._least_certain(self._num_extra())
+            cell = self._next_extra(self._num_extra())
             if cell is None:
                 return None
             cell.allowed = cell.started + 1
@@ -120,36 +120,53 @@ class Allocation:
             left = min(left, (self._budget.max_epochs_total - spent) // cells[0].plan.num_epochs)
         return max(0, left)
 
-    def _least_certain(self, num_extra: int, granted: dict[str, int] | None = None) -> CellStudy | None:
-        """Who gets an extra trial, of `num_extra`, after those that are granted already."""
+    def _next_extra(self, num_extra: int, granted: Mapping[str, int] | None = None) -> CellStudy | None:
+        """Who gets an extra trial, of `num_extra` that are left, after those that are granted already.
+
+        A group in which some study is behind is served first. A new round of a group begins only where the budget has
+        room for all of it.
+        """
         given = granted or {}
 
         def started(cell: CellStudy) -> int:
             return cell.started + given.get(cell.plan.key, 0)
 
-        candidates = [
-            cell
-            for cell in self._cells
-            if not cell.gave_up
-            and not self._misses_deadline(cell)
-            and started(cell) < MOST_TIMES * cell.plan.num_trials
-        ]
-        if not candidates or num_extra <= 0:
+        groups = [group for group in self._groups(given) if num_extra > 0]
+        for group in groups:
+            if started(group[0]) < started(group[-1]):
+                return group[0]
+        # A group that got extra trials in this round already is taken to be surer by as many.
+        whole = [group for group in groups if len(group) <= num_extra]
+        if not whole:
             return None
-        # A cell that got extra trials in this round already is taken to be surer by as many.
-        cell = max(candidates, key=lambda each: uncertainty(each) / (1 + given.get(each.plan.key, 0)))
-        baseline = self._by_key.get(cell.plan.baseline or "")
-        if baseline is not None and not baseline.gave_up and started(baseline) <= started(cell):
-            return baseline
-        return cell
+        least_certain = max(
+            whole, key=lambda group: max(uncertainty(each) / (1 + given.get(each.plan.key, 0)) for each in group)
+        )
+        return least_certain[0]
+
+    def _groups(self, given: Mapping[str, int]) -> list[list[CellStudy]]:
+        """Studies that are compared with each other and may go on, those with the fewest trials first."""
+        groups: dict[str, list[CellStudy]] = {}
+        for cell in self._cells:
+            if not cell.gave_up and not self._misses_deadline(cell):
+                groups.setdefault(cell.plan.group or cell.plan.key, []).append(cell)
+        ordered = [
+            sorted(group, key=lambda each: each.started + given.get(each.plan.key, 0)) for group in groups.values()
+        ]
+        return [
+            group
+            for group in ordered
+            if group[0].started + given.get(group[0].plan.key, 0) < MOST_TIMES * group[0].plan.num_trials
+        ]
 
     def _begin_round(self) -> bool:
         """Give out half of what is left, or all of it once that is little; whether there was anything."""
         num_extra = self._num_extra()
+        wanted = num_extra if num_extra <= len(self._cells) else (num_extra + 1) // 2
         granted: dict[str, int] = {}
-        for _ in range(num_extra if num_extra <= len(self._cells) else (num_extra + 1) // 2):
-            cell = self._least_certain(num_extra, granted)
-            if cell is None:
+        while (given := sum(granted.values())) < num_extra:
+            cell = self._next_extra(num_extra - given, granted)
+            if cell is None or (given >= wanted and self._is_level(granted)):
                 break
             granted[cell.plan.key] = granted.get(cell.plan.key, 0) + 1
         if not granted:
@@ -159,6 +176,11 @@ class Allocation:
         self._cells[0].study.set_user_attr("rounds", self._rounds)
         self._allow(allowed)
         return True
+
+    def _is_level(self, granted: Mapping[str, int]) -> bool:
+        """Whether all studies of every group would have the same number of trials."""
+        counts = [[each.started + granted.get(each.plan.key, 0) for each in group] for group in self._groups(granted)]
+        return all(min(group) == max(group) for group in counts)
 
     def _allow(self, allowed: dict[str, int]) -> None:
         for key, count in allowed.items():

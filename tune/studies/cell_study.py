@@ -25,6 +25,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from refilled.config.search import Pruner, Sampler
+from refilled.methods import has_embedding_stage
 from tune.studies.history import known
 from tune.studies.keyed_sampler import KeyedSampler
 from tune.studies.pruning import Visible, make_pruner
@@ -79,7 +80,7 @@ class CellStudy:
             if rules.make_pruner
             else make_pruner(rules.pruner, plan.num_epochs, visible=visible)
         )
-        self._reuse = EmbeddingChoice(plan) if rules.share_embeddings and plan.run.epochs[0] else None
+        self._reuse = EmbeddingChoice(plan) if rules.share_embeddings and has_embedding_stage(plan.run.method) else None
         trials = self.trials()
         self.done = sum(trial.state in DONE for trial in trials)
         self.running = 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from refilled.config import RunConfig
 from refilled.shared_stage import determines_embedding
 from tune.studies.study_store import StudyPlan, epochs_trained
 
@@ -43,6 +44,7 @@ class EmbeddingChoice:
 
     def __init__(self, plan: StudyPlan) -> None:
         self._num_epochs = plan.num_epochs
+        self._run = plan.run
         self._epochs_after = plan.run.epochs[1]
 
     def choose(self, trials: Sequence[FrozenTrial], seed: int) -> Point | None:
@@ -60,11 +62,12 @@ class EmbeddingChoice:
             return None
         best: dict[tuple[tuple[str, str], ...], FrozenTrial] = {}
         for trial in sorted(complete, key=lambda each: (-(each.value or 0.0), each.number)):
-            best.setdefault(_stage_of(trial), trial)
+            best.setdefault(_stage_of(trial, self._run), trial)
         ranked = list(best.values())
         weights = [1 / (rank + 1) ** 2 for rank in range(len(ranked))]
         (chosen,) = random.Random(seed).choices(ranked, weights)
-        kept = {name: value for name, value in chosen.params.items() if determines_embedding(name)}
+        run = self._run
+        kept = {name: value for name, value in chosen.params.items() if determines_embedding(name, run)}
         return Point(kept, chosen.number)
 
     def _arms(self, trials: Sequence[FrozenTrial]) -> tuple[_Arm, _Arm]:
@@ -83,5 +86,5 @@ class EmbeddingChoice:
         return explore, reuse
 
 
-def _stage_of(trial: FrozenTrial) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, repr(value)) for name, value in trial.params.items() if determines_embedding(name)))
+def _stage_of(trial: FrozenTrial, run: RunConfig) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, repr(value)) for name, value in trial.params.items() if determines_embedding(name, run)))

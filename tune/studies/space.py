@@ -10,61 +10,30 @@ The space is widened to hold the settings of the run it starts from: a search al
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 
-from refilled.config import RunConfig
+from refilled.config import Choice, Float, RunConfig, Searched
+from refilled.stages import place_of, stages_of, term_config
 
 FIRST_MILESTONE = "schedule.first_milestone"
+EDGE = 0.02  # of a range, at both ends
 
 
-@dataclass(frozen=True)
-class Float:
-    """A number from an interval, both ends included; uniform, or uniform in its logarithm."""
-
-    low: float
-    high: float
-    log: bool = False
-
-    def holding(self, value: float) -> Float:
-        """The interval, widened to hold a value; a logarithm has no room for 0."""
-        if self.log and value <= 0:
-            return self
-        return dataclasses.replace(self, low=min(self.low, value), high=max(self.high, value))
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of a few unordered values."""
-
-    values: tuple[str | int | float | None, ...]
-
-    def holding(self, value: str | int | float | None) -> Choice:
-        """The values and, if it is none of them, the given one."""
-        return self if value in self.values else Choice((*self.values, value))
-
-
-@dataclass(frozen=True)
-class Searched:
-    """One searched setting: its name, its values, and the setting and values of it that it depends on, if any."""
-
-    name: str
-    domain: Float | Choice
-    when: tuple[str, tuple[str, ...]] | None = None
-
-    def is_drawn(self, drawn: Mapping[str, Any]) -> bool:
-        """Whether the settings drawn before make this one matter."""
-        return self.when is None or drawn.get(self.when[0]) in self.when[1]
+LEARNING_RATE = Float(0.01, 2.0, log=True)
+"""The same for every method and stage. In eight recorded tables (tests/benchmarks/replay) the best twentieth lay
+between 0.1 and 1.2, or, where 0.5 was the end of the range, at that end."""
 
 
 def _schedule(stage: str) -> tuple[Searched, ...]:
     kind = f"{stage}.schedule.kind"
     return (
         Searched(kind, Choice(("step", "cosine", "one_cycle"))),
-        Searched(f"{stage}.schedule.learning_rate", Float(0.01, 0.5, log=True)),
+        Searched(f"{stage}.schedule.learning_rate", LEARNING_RATE),
         Searched(f"{stage}.schedule.decay", Float(0.05, 0.5, log=True), (kind, ("step",))),
         Searched(f"{stage}.{FIRST_MILESTONE}", Float(0.25, 0.8), (kind, ("step",))),
         Searched(f"{stage}.schedule.final_fraction", Float(1e-3, 0.1, log=True), (kind, ("cosine", "one_cycle"))),
@@ -72,41 +41,39 @@ def _schedule(stage: str) -> tuple[Searched, ...]:
     )
 
 
-_COMPARISON = (
-    Searched("embedding.temperature", Float(0.1, 4.0, log=True)),
-    Searched("embedding.max_negatives", Choice((1, 5, 20, None))),
-    Searched("embedding.weight", Float(1.0, 100.0, log=True)),
-)
-_DISTILLATION = (
-    Searched("classifier.distill_weight", Float(0.1, 10.0, log=True)),
-    Searched("classifier.temperature", Float(0.5, 8.0, log=True)),
-)
-_CLASSIFIER_WEIGHT = (Searched("classifier.weight", Float(0.3, 3.0, log=True)),)
-_EMBEDDING_SCHEDULE = _schedule("embedding")
-# Every method has these. The vanilla student has nothing else: with one loss term its weight is a learning rate.
-_COMMON = (Searched("optimizer.weight_decay", Float(1e-5, 5e-3, log=True)), *_schedule("classifier"))
-
-SPACES: Mapping[str, tuple[Searched, ...]] = {
-    "student": _COMMON,
-    "kd": (*_DISTILLATION, *_COMMON),
-    "refilled_emb": (*_COMPARISON, *_EMBEDDING_SCHEDULE, *_COMMON),
-    "refilled_lkd": (*_DISTILLATION, *_CLASSIFIER_WEIGHT, *_COMMON),
-    "refilled_minus": (*_COMPARISON, *_EMBEDDING_SCHEDULE, *_DISTILLATION, *_CLASSIFIER_WEIGHT, *_COMMON),
-    "refilled": (*_COMPARISON, *_EMBEDDING_SCHEDULE, *_DISTILLATION, *_CLASSIFIER_WEIGHT, *_COMMON),
-}
-"""What is searched for each method, before it is widened by the run a search starts from."""
+_WEIGHT_DECAY = Searched("optimizer.weight_decay", Float(1e-5, 5e-3, log=True))
 
 
 def space(run: RunConfig) -> tuple[Searched, ...]:
-    """What a search that starts from this run varies; a later entry may depend on an earlier one."""
+    """What a search that starts from this run varies; a later entry may depend on an earlier one.
+
+    Every stage has its terms' settings, the weights of all its terms but the first, and a schedule; every method has
+    the weight decay. The weight of a whole stage is not searched: under SGD it is a learning rate, and a method with
+    one would search a wider range of rates than one without.
+    """
     own = _own_settings(run)
-    entries = []
-    for entry in SPACES[run.method]:
-        if entry.name == "embedding.max_negatives" and run.embedding.tuples == "batch_minimum":
-            continue  # there the batch decides how many impostors a tuple has
-        held = entry.domain.holding(own[entry.name]) if entry.name in own else entry.domain
-        entries.append(dataclasses.replace(entry, domain=held))
-    return tuple(entries)
+    entries: list[Searched] = []
+    for stage in stages_of(run):
+        for number, term in enumerate(stage.terms):
+            of_term = term.searched(run)
+            if number and term.weight_space is not None:
+                of_term = (term.weight_space, *of_term)
+            entries += [_placed(entry, place_of(term)) for entry in of_term]
+        if stage.name == "classifier":
+            entries.append(_WEIGHT_DECAY)
+        entries += _schedule(stage.name)
+    # A term that stands in two stages has one set of settings.
+    unique = {entry.name: entry for entry in entries}.values()
+    return tuple(
+        dataclasses.replace(entry, domain=entry.domain.holding(own[entry.name])) if entry.name in own else entry
+        for entry in unique
+    )
+
+
+def _placed(entry: Searched, place: str) -> Searched:
+    """A term's entry under the dotted names of a run."""
+    when = None if entry.when is None else (f"{place}.{entry.when[0]}", entry.when[1])
+    return dataclasses.replace(entry, name=f"{place}.{entry.name}", when=when)
 
 
 def sample(trial: optuna.trial.BaseTrial, run: RunConfig) -> dict[str, Any]:
@@ -161,16 +128,34 @@ def as_data(run: RunConfig) -> list[dict[str, Any]]:
     ]
 
 
-def describe(run: RunConfig) -> list[tuple[str, str]]:
-    """Name and values of every searched setting, for people."""
-    rows = []
+@dataclass(frozen=True)
+class Edge:
+    """A setting of a winner at an end of its range: a better one may lie beyond."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+
+def edges(params: Mapping[str, Any], run: RunConfig) -> list[Edge]:
+    """The numbers of a trial that lie within `EDGE` of an end of their range, on the range's own scale.
+
+    Args:
+        params: Optuna's parameters of the trial.
+        run: The run that the search starts from.
+    """
+    found = []
     for entry in space(run):
-        if isinstance(entry.domain, Choice):
-            values = ", ".join("none" if value is None else str(value) for value in entry.domain.values)
-        else:
-            values = f"{entry.domain.low:g} .. {entry.domain.high:g}{' (log)' if entry.domain.log else ''}"
-        rows.append((entry.name, values if entry.when is None else f"{values}, for {' and '.join(entry.when[1])}"))
-    return rows
+        domain, value = entry.domain, params.get(entry.name)
+        if not isinstance(domain, Float) or value is None:
+            continue
+        low, high, here = domain.low, domain.high, float(value)
+        if domain.log:
+            low, high, here = math.log(low), math.log(high), math.log(here)
+        if high > low and not low + EDGE * (high - low) < here < high - EDGE * (high - low):
+            found.append(Edge(entry.name, float(value), domain.low, domain.high))
+    return found
 
 
 def milestones(first: float, count: int) -> tuple[float, ...]:
@@ -184,10 +169,13 @@ def milestones(first: float, count: int) -> tuple[float, ...]:
 def _own_settings(run: RunConfig) -> dict[str, Any]:
     """The run's own values under the names of the space; a schedule without milestones has no first one."""
     own = run.flat()
-    for stage in ("embedding", "classifier"):
-        positions = own[f"{stage}.schedule.milestones"]
+    for stage in stages_of(run):
+        for term in stage.terms:
+            own |= {f"{place_of(term)}.{name}": value for name, value in term_config(term, run).flat().items()}
+    for owner in ("embedding", "classifier"):
+        positions = own[f"{owner}.schedule.milestones"]
         if positions:
-            own[f"{stage}.{FIRST_MILESTONE}"] = positions[0]
+            own[f"{owner}.{FIRST_MILESTONE}"] = positions[0]
     return own
 
 

@@ -31,8 +31,8 @@ class StudyPlan:
     """Epochs of a complete trial, over all stages."""
     donors: tuple[str, ...] = ()
     """Keys of the neighbours whose winners are tried first; all of them come earlier in the list of plans."""
-    baseline: str | None = None
-    """Key of the vanilla student's study, which never gets fewer trials than this one."""
+    group: str = ""
+    """Studies of one group are compared with each other and get the same number of trials; empty: with none."""
     num_validation_images: int = 1000
     """Images that a trial's value is a share of; says how far chance alone moves it."""
     attributes: Mapping[str, Any] = field(default_factory=dict)

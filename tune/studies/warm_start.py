@@ -1,4 +1,4 @@
-"""Whose winner a cell tries first: its nearest neighbours' on the grid of overlap x teacher x student."""
+"""Whose winner a study tries first: its nearest neighbours' of the same method, over overlap x teacher x student."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Place(Protocol):
         """Of the cell."""
 
     @property
-    def role(self) -> str:
-        """Cells of different roles search different spaces."""
+    def method(self) -> str:
+        """Different methods search different spaces."""
 
     @property
     def overlap(self) -> float:
@@ -45,10 +45,10 @@ def donors(cell: Place, earlier: Sequence[Place]) -> tuple[str, ...]:
     Returns:
         The nearest overlap with the same architectures, then the nearest architectures at the same overlap.
     """
-    same_role = [each for each in earlier if each.role == cell.role]
+    same_method = [each for each in earlier if each.method == cell.method]
     networks = (cell.teacher, cell.student)
-    along_overlap = [each for each in same_role if (each.teacher, each.student) == networks]
-    along_networks = [each for each in same_role if each.overlap == cell.overlap]
+    along_overlap = [each for each in same_method if (each.teacher, each.student) == networks]
+    along_networks = [each for each in same_method if each.overlap == cell.overlap]
     found = []
     if along_overlap:
         found.append(min(along_overlap, key=lambda each: abs(each.overlap - cell.overlap)))

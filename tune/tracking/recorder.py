@@ -10,8 +10,9 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune import Callback
 
 from refilled.config import RunConfig
+from refilled.identity import run_key
 from refilled.storage import mirror
-from refilled.storage.run_folder import RunFolder, run_key
+from refilled.storage.run_folder import RunFolder
 from tune.plan import Cell, Plan, code_version
 from tune.progress import CellProgress, Progress
 from tune.studies.searcher import StudySearcher, overrides_of
@@ -43,7 +44,12 @@ class Recorder:
             self._plan.key,
             name=name or f"search {self._plan.key}",
             params=params,
-            tags={**self._common, "kind": "search", "method": search.run.method, "data_digest": first.data_digest},
+            tags={
+                **self._common,
+                "kind": "search",
+                "methods": ", ".join(search.methods),
+                "data_digest": first.data_digest,
+            },
         )
 
     def folder(self, cell: Cell, run: RunConfig) -> RunFolder:
@@ -52,8 +58,8 @@ class Recorder:
 
     def open_trial(self, cell: Cell, run: RunConfig, number: int, origin: str) -> None:
         """Mirror a trial that starts, or that an earlier driver ran; `origin` says where its settings come from."""
-        tags = cell.tags | self._common | {"kind": "trial", "trial": str(number), "origin": origin, "winner": "false"}
-        self._open(cell, run, f"{cell.name} trial {number}", tags)
+        tags = cell.tags | self._common | {"kind": "trial", "role": "method", "trial": str(number), "origin": origin}
+        self._open(cell, run, f"{cell.name} trial {number}", tags | {"winner": "false"})
 
     def close_trial(
         self, cell: Cell, run: RunConfig, outcome: Outcome, row: Mapping[str, Any], *, with_artifacts: bool = False
@@ -174,7 +180,7 @@ class SearchCallback(Callback):  # type: ignore[misc]  # Ray has no types
 def record_earlier_trials(plan: Plan, trials: Mapping[str, list[FrozenTrial]], recorder: Recorder) -> None:
     """Give MLflow the ended trials of an earlier driver, should it have died before it delivered them."""
     outcomes: dict[TrialState, Outcome] = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}
-    for cell in plan.all_cells:
+    for cell in plan.cells:
         for trial in trials[cell.name]:
             if trial.state not in outcomes:
                 continue
@@ -189,7 +195,7 @@ def record_earlier_trials(plan: Plan, trials: Mapping[str, list[FrozenTrial]], r
 def cell_progress(plan: Plan, searcher: StudySearcher) -> list[tuple[str, CellProgress]]:
     """Each cell as its study has it."""
     shown = []
-    for cell in plan.all_cells:
+    for cell in plan.cells:
         counts, best = searcher.counts(cell.name), searcher.best(cell.name)
         each = CellProgress(
             num_trials=searcher.allowed(cell.name),
