@@ -4,9 +4,12 @@ The contract has three parts. `gather_rows` gives every worker the rows of all, 
 of the whole batch from them. The backward pass gives every worker the gradient of that one loss with respect to its
 own rows. `sum_gradients` adds the workers' parameter gradients, which is then exactly the gradient of the loss; so a
 parameter used after a gather, where every worker holds the same, would be counted once for each worker.
-`GlobalBatchNorm2d` keeps this true for models that look at the batch. Without a process group all are the identity.
+`GlobalBatchNorm2d` and `GlobalBatchNorm1d` keep this true for models that look at the batch. Without a process group
+all are the identity.
 
-Workers may hold different numbers of rows, and none at all.
+Workers may hold different numbers of rows, and none at all. A loss may instead be a sum of parts, one of each worker's
+own rows without a gather. A loss made of gradients with respect to own rows (`create_graph=True`) obeys the same
+contract: what is here can be differentiated twice.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 _Value = TypeVar("_Value")
 
@@ -112,8 +115,7 @@ def _all_gather(tensor: Tensor) -> Tensor:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
-        start = sum(counts[: rank()])
-        ctx.own = slice(start, start + rows.shape[0])
+        ctx.counts = counts
         longest = max(counts)
         if rows.shape[0] < longest:  # not every backend gathers different shapes: pad to the longest share
             rows = torch.cat([rows, rows.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
@@ -121,25 +123,48 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([share[:count] for share, count in zip(shares, counts, strict=True)])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad[ctx.own], None
+        own: Tensor = _OwnRows.apply(grad, ctx.counts)
+        return own, None
 
 
-class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation over the rows of all workers in training; at world size 1 exactly `nn.BatchNorm2d`.
+class _OwnRows(torch.autograd.Function):
+    """This worker's rows of what every worker holds alike; `_GatherRows` and this are each other's gradient."""
 
-    One collective in the forward pass and one in the backward pass. The gradients of weight and bias are this
-    worker's part, to be added by `sum_gradients`. Unlike `nn.SyncBatchNorm` it works on a CPU and with workers that
-    have no rows; unlike `nn.BatchNorm2d` it does not refuse a batch of a single value for a channel.
-    """
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        start = sum(counts[: rank()])
+        return rows[start : start + counts[rank()]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        gathered: Tensor = _GatherRows.apply(grad, ctx.counts)
+        return gathered, None
+
+
+class _SumOverWorkers(torch.autograd.Function):
+    """The sum of the workers' tensors, from which each goes on by itself: its gradient is a sum over them as well."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        return sum_over_workers(own.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total: Tensor = _SumOverWorkers.apply(grad)
+        return total
+
+
+class _GlobalBatchNorm(_BatchNorm):
+    """What the classes for one and two dimensions share; torch's own class comes after it in theirs."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Normalise [B_rank, C, H, W]; B_rank may be 0 where another worker has rows."""
+        """Normalise [B_rank, C, ...] over all but C; B_rank may be 0 where another worker has rows."""
         uses_batch = self.training or self.running_mean is None
         if world_size() == 1 or not uses_batch:
             return super().forward(inputs)
-        self._check_input_dim(inputs)
+        self._check_input_dim(inputs)  # type: ignore[no-untyped-call]
         mean, variance, count = _global_moments(inputs.detach())
         if self.training and self.track_running_stats:
             self._update_running_statistics(mean, variance * (count / (count - 1).clamp(min=1)))
@@ -157,19 +182,40 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), step)
 
 
+class GlobalBatchNorm2d(_GlobalBatchNorm, nn.BatchNorm2d):
+    """Batch normalisation over the rows of all workers in training; at world size 1 exactly `nn.BatchNorm2d`.
+
+    One collective in the forward pass and one in the backward pass. The gradients of weight and bias are this
+    worker's part, to be added by `sum_gradients`. Unlike `nn.SyncBatchNorm` it works on a CPU and with workers that
+    have no rows; unlike `nn.BatchNorm2d` it does not refuse a batch of a single value for a channel.
+
+    It can be differentiated twice, as torch's own can. With `create_graph=True` the backward pass takes one collective
+    more and keeps a few tensors of the inputs' size.
+    """
+
+
+class GlobalBatchNorm1d(_GlobalBatchNorm, nn.BatchNorm1d):
+    """`GlobalBatchNorm2d` for [B_rank, C] and [B_rank, C, L]."""
+
+
+_GLOBAL_KINDS: dict[type[nn.Module], type[_GlobalBatchNorm]] = {
+    nn.BatchNorm1d: GlobalBatchNorm1d,
+    nn.BatchNorm2d: GlobalBatchNorm2d,
+}
+
+
 def convert_batch_norm(model: nn.Module) -> nn.Module:
-    """Replace every `nn.BatchNorm2d` by a `GlobalBatchNorm2d` that shares its parameters and buffers.
+    """Replace every `nn.BatchNorm1d` and `nn.BatchNorm2d` by a global one that shares its parameters and buffers.
 
     Args:
         model: Changed in place; names, state-dict keys and the parameters an optimiser holds stay the same.
 
     Returns:
-        `model`, or its replacement where it is itself an `nn.BatchNorm2d`.
+        `model`, or its replacement where it is itself one of the two.
     """
-    if type(model) is nn.BatchNorm2d:
-        converted = GlobalBatchNorm2d(
-            model.num_features, model.eps, model.momentum, model.affine, model.track_running_stats
-        )
+    if (kind := _GLOBAL_KINDS.get(type(model))) is not None:
+        assert isinstance(model, _BatchNorm)
+        converted = kind(model.num_features, model.eps, model.momentum, model.affine, model.track_running_stats)
         converted.weight, converted.bias = model.weight, model.bias
         converted.running_mean, converted.running_var = model.running_mean, model.running_var
         converted.num_batches_tracked = model.num_batches_tracked
@@ -190,9 +236,10 @@ def _global_moments(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     num_values = inputs.numel() // num_channels
     own = torch.zeros(2 * num_channels + 1, dtype=wide, device=inputs.device)
     if num_values > 0:
-        own_mean = inputs.mean(dim=(0, 2, 3), dtype=wide)
+        dims = _all_but_channels(inputs)
+        own_mean = inputs.mean(dim=dims, dtype=wide)
         own[:num_channels] = own_mean
-        own[num_channels:-1] = (inputs - _per_channel(own_mean)).square_().sum(dim=(0, 2, 3))
+        own[num_channels:-1] = (inputs - _per_channel(own_mean, inputs)).square_().sum(dim=dims)
     own[-1] = num_values
     means, squares, counts = torch.split(_all_gather(own), [num_channels, num_channels, 1], dim=1)
     count = counts.sum(dim=0)
@@ -202,8 +249,25 @@ def _global_moments(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, variance, count
 
 
-def _per_channel(values: Tensor) -> Tensor:
-    return values.view(1, -1, 1, 1)
+def _differentiable_moments(inputs: Tensor, mean: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of all workers' inputs as functions of them, to all orders; `mean` is a number.
+
+    Sums are taken about `mean`, so they are precise, and the shift from it is zero but for rounding.
+    """
+    distances = inputs - _per_channel(mean, inputs)
+    dims = _all_but_channels(inputs)
+    own = torch.stack([distances.sum(dims), distances.square().sum(dims)])
+    shift, squares = _SumOverWorkers.apply(own) / count.clamp(min=1)
+    return mean + shift, squares - shift.square()
+
+
+def _all_but_channels(inputs: Tensor) -> tuple[int, ...]:
+    return (0, *range(2, inputs.dim()))
+
+
+def _per_channel(values: Tensor, inputs: Tensor) -> Tensor:
+    """[C] as it meets `inputs` [B, C, ...]."""
+    return values.view(1, -1, *(1 for _ in inputs.shape[2:]))
 
 
 class _Normalise(torch.autograd.Function):
@@ -225,25 +289,32 @@ class _Normalise(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight, mean, (variance + eps).rsqrt(), count)
+        ctx.eps = eps
         # Normalisation with given moments is what torch's evaluation kernel does, in one pass.
         return F.batch_norm(inputs, mean, variance, weight, bias, training=False, eps=eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, mean, inverse_std, count = ctx.saved_tensors
-        centred = inputs - _per_channel(mean)
-        own_sums = torch.stack(
-            [grad.sum(dim=(0, 2, 3), dtype=mean.dtype), (grad * centred).sum(dim=(0, 2, 3)) * inverse_std]
-        )
+        differentiable = torch.is_grad_enabled()  # with create_graph=True only
+        if differentiable and ctx.needs_input_grad[0]:
+            mean, variance = _differentiable_moments(inputs, mean, count)
+            inverse_std = (variance + ctx.eps).rsqrt()
+        dims = _all_but_channels(inputs)
+        centred = inputs - _per_channel(mean, inputs)
+        own_sums = torch.stack([grad.sum(dim=dims, dtype=mean.dtype), (grad * centred).sum(dim=dims) * inverse_std])
         grad_bias, grad_weight = own_sums if weight is not None else (None, None)
         grad_inputs = None
         if ctx.needs_input_grad[0]:
-            grad_mean, grad_product_mean = sum_over_workers(own_sums.clone()) / count.clamp(min=1)
-            scale = inverse_std if weight is None else inverse_std * weight
-            flat = grad - _per_channel(grad_mean)
-            grad_inputs = flat.addcmul_(centred, _per_channel(inverse_std * grad_product_mean), value=-1)
-            grad_inputs = grad_inputs.mul_(_per_channel(scale)).to(inputs.dtype)
+            grad_mean, grad_product_mean = _SumOverWorkers.apply(own_sums) / count.clamp(min=1)
+            scale = _per_channel(inverse_std if weight is None else inverse_std * weight, inputs)
+            along = _per_channel(inverse_std * grad_product_mean, inputs)
+            flat = grad - _per_channel(grad_mean, inputs)
+            if differentiable:
+                grad_inputs = flat.addcmul(centred, along, value=-1) * scale
+            else:
+                grad_inputs = flat.addcmul_(centred, along, value=-1).mul_(scale)
+            grad_inputs = grad_inputs.to(inputs.dtype)
         return grad_inputs, grad_weight, grad_bias, None, None, None, None
 
 

@@ -1,7 +1,8 @@
 """What a run is, as opposed to where and how it is done: the keys under which runs and finished stages are kept.
 
-An identity holds the settings that determine a run's numbers and differ from `BASE`, a frozen table. So a new setting
-whose entry in `BASE` means "as before" changes no key, and what was stored stays findable.
+An identity holds the settings that determine a run's numbers and differ from a frozen table: `BASE`, and for terms that
+have their settings to themselves what their `Config.added` says. So a new setting whose entry means "as before" changes
+no key, and what was stored stays findable.
 """
 
 from __future__ import annotations
@@ -121,8 +122,12 @@ def identity(config: RunConfig, spaces: LabelSpaces, data_digest: str, stages: t
     }
     if any(stage.needs_teacher for stage in stages):
         found["teacher_classes"] = spaces.teacher
+    as_before = dict(BASE)
+    for stage in stages:
+        for term in stage.terms:
+            as_before |= {f"{place_of(term)}.{name}": value for name, value in term.Config.added.items()}
     for name, value in determining(config, stages).items():
-        if name not in BASE or value != BASE[name]:
+        if name not in as_before or value != as_before[name]:
             found[name] = _portable(value, config) if name in ("teacher", "student") else value
     return found
 

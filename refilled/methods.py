@@ -1,10 +1,10 @@
-"""Which loss terms make up which method: a table.
+"""Which loss terms there are, and which of them make up which method: two tables.
 
 A method is written as the names of its terms, `+` between the terms of a stage and `>` between stages. The last stage
 is `classifier`, which trains the whole student; a stage before it is `embedding`, which trains all but the head. A term
 that is not the package's own is `path/file.py:Name`.
 
-This table knows names alone; `refilled.terms` has the terms, and `refilled.stages` puts both together.
+The tables know names alone; `refilled.terms` has the terms, and `refilled.stages` puts both together.
 """
 
 from __future__ import annotations
@@ -18,27 +18,41 @@ from refilled.errors import UserError
 
 StageName = Literal["embedding", "classifier"]
 
-METHODS: Mapping[str, str] = {
+TERMS: Mapping[str, str] = {
+    "cross_entropy": "cross_entropy:CrossEntropy",
+    "kd": "kd:Kd",
+    "comparison": "comparison:Comparison",
+    "lkd": "lkd:Lkd",
+    "weighted_lkd": "lkd:WeightedLkd",
+    "rkd": "rkd:Rkd",
+    "aml": "aml:Aml",
+    "fitnet": "fitnet:Fitnet",
+    "vid": "vid:Vid",
+    "crd": "crd:Crd",
+    "at": "at:At",
+}
+"""Terms by name: where each is, in `refilled.terms`. One that stands beside cross-entropy needs no line below."""
+
+_NAMED: Mapping[str, str] = {
     "student": "cross_entropy",  # Eq. 1
     "kd": "cross_entropy+kd",  # Eq. 2
     "refilled_emb": "comparison>cross_entropy",  # Eq. 5, then 1
     "refilled_lkd": "cross_entropy+lkd",  # Eq. 8 from scratch
     "refilled_minus": "comparison>cross_entropy+lkd",  # Eq. 5, then 8
     "refilled": "comparison>cross_entropy+weighted_lkd",  # Eq. 5, then 10
-    "rkd": "rkd>cross_entropy",  # as the paper runs it, section 5.1.2
+    "rkd": "rkd>cross_entropy",  # in two stages, as the paper runs it
     "aml": "aml>cross_entropy",  # likewise
-    "fitnet": "cross_entropy+fitnet",
-    "at": "cross_entropy+at",
-    "vid": "cross_entropy+vid",
-    "crd": "cross_entropy+crd",
 }
+_BESIDE = {
+    term: f"cross_entropy+{term}" for term in TERMS if not any(term in re.split("[+>]", row) for row in _NAMED.values())
+}
+METHODS: Mapping[str, str] = {**_NAMED, **_BESIDE}
+"""Terms by stage, by the method's name."""
 
 VANILLA = "student"
 """The method that has no teacher, beside which the others are judged."""
 
-_USER_TERM = r"[^+>:\s][^+>:]*\.py:[A-Za-z_][A-Za-z0-9_]*"
-_TERM = re.compile(rf"[a-z][a-z0-9_]*|{_USER_TERM}")
-_USER = re.compile(_USER_TERM)
+_USER = re.compile(r"[^+>:\s][^+>:]*\.py:[A-Za-z_][A-Za-z0-9_]*")
 
 
 @lru_cache(maxsize=256)
@@ -55,12 +69,14 @@ def terms_of(method: str) -> Mapping[StageName, tuple[str, ...]]:
     if _USER.fullmatch(text):
         text = f"cross_entropy+{text}"
     stages = [tuple(stage.split("+")) for stage in text.split(">")]
-    is_composed = ">" in text or "+" in text or method in METHODS
-    whole = is_composed and len(stages) <= 2 and all(_TERM.fullmatch(term) for stage in stages for term in stage)
+    is_composed = ">" in text or "+" in text or text in METHODS.values()
+    whole = (
+        is_composed and len(stages) <= 2 and all(term in TERMS or is_users(term) for stage in stages for term in stage)
+    )
     if not whole or any(len(set(stage)) < len(stage) for stage in stages):
         raise UserError(
-            f"method must be one of {', '.join(METHODS)}, or terms by stage such as "
-            f"'rkd>cross_entropy+lkd' or 'path/file.py:Name', got {_shown(method)}."
+            f"method must be one of {', '.join(METHODS)}, or terms by stage such as 'rkd>cross_entropy+lkd', of "
+            f"{', '.join(TERMS)} and path/file.py:Name, got {_shown(method)}."
         )
     names: tuple[StageName, ...] = ("embedding", "classifier")
     return dict(zip(names[-len(stages) :], stages, strict=True))

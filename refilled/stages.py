@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from refilled.config import RunConfig, ScheduleConfig, Sources, TermConfig, TermSettings
 from refilled.errors import UserError
-from refilled.methods import StageName, is_users, terms_of, user_terms
-from refilled.terms import TERMS, Term
+from refilled.methods import TERMS, StageName, is_users, terms_of, user_terms
+from refilled.terms import Term
 from refilled.terms.base import TeacherNeed
 from refilled.user_code import load_object, read_source
 
@@ -79,17 +80,17 @@ def term_class(name: str, config: RunConfig) -> type[Term]:
     """The class of a term, the package's or, from the run's sources, the user's.
 
     Raises:
-        UserError: There is none of that name, or it is no term.
+        UserError: It is the user's, and cannot be loaded or is no term.
     """
-    if ":" not in name:
-        if name not in TERMS:
-            raise UserError(f"method must be made of the terms {', '.join(TERMS)}, or path/file.py:Name, got {name!r}.")
-        return TERMS[name]
+    if name in TERMS:
+        module, _, attribute = TERMS[name].partition(":")
+        own: type[Term] = getattr(importlib.import_module(f"refilled.terms.{module}"), attribute)
+        return own
     found = load_object(name, config.sources, "method")
     if not (isinstance(found, type) and issubclass(found, Term)):
         raise UserError(f"method must name a subclass of refilled.terms.Term, but {name!r} is none.")
     term: type[Term] = found
-    if not isinstance(getattr(term, "name", None), str) or not term.name.isidentifier() or term.name in TERMS:
+    if not str(getattr(term, "name", "")).isidentifier() or term.name in TERMS:
         raise UserError(f"{name!r} must have a class attribute `name`, an identifier that no other term has.")
     return term
 
@@ -105,7 +106,7 @@ def term_config(term: type[Term], config: RunConfig) -> TermConfig:
     Raises:
         UserError: A setting is not known to the term, or has a value that it refuses.
     """
-    names = term.Config.__dataclass_fields__
+    names = [field.name for field in dataclasses.fields(term.Config)]
     if term.place:
         holder = getattr(config, term.place)
         return term.Config(**{name: getattr(holder, name) for name in names})
@@ -155,8 +156,9 @@ def complete(config: RunConfig) -> RunConfig:
     settings: dict[str, Any] = {}
     for stage in stages_of(config):
         for term in stage.terms:
-            if not term.place:
-                settings[term.name] = term_config(term, config).flat()
+            own = term_config(term, config).flat()
+            if own and not term.place:
+                settings[term.name] = own
     needed = {name.rpartition(":")[0] for _, name in named_by_user(config)}
     kept = {path: text for path, text in config.sources.files if path in needed}
     return config.with_overrides({"terms": TermSettings.from_dict(settings), "sources": Sources.from_dict(kept)})

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from gloo_workers import run_workers
 from torch import Tensor, nn
 
+from refilled import distributed
 from refilled.distributed import (
+    GlobalBatchNorm1d,
     GlobalBatchNorm2d,
     convert_batch_norm,
     gather_rows,
@@ -29,8 +32,12 @@ from refilled.models import Model, build_model
 torch.set_num_threads(1)
 
 BATCH = 8
-SHARES = {2: [(4, 4), (5, 3), (8, 0)], 3: [(3, 3, 2), (5, 3, 0), (0, 1, 7)]}
-ALL_SHARES = SHARES[2] + SHARES[3]
+SHARES = {
+    2: [(4, 4), (5, 3), (8, 0)],
+    3: [(3, 3, 2), (5, 3, 0), (0, 1, 7)],
+    4: [(2, 2, 2, 2), (4, 0, 3, 1)],
+}
+ALL_SHARES = SHARES[2] + SHARES[3] + SHARES[4]
 
 
 @dataclass
@@ -173,6 +180,122 @@ def check_norm(shares: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
+def step_1d(kind: type[nn.BatchNorm1d], own: slice, *trailing: int, affine: bool = True) -> dict[str, Any]:
+    """Two forward passes over own rows [B, 4, ...], a loss of all rows, and a pass in evaluation."""
+    layer = kind(4, affine=affine, momentum=0.1 if affine else None).double()
+    if affine:
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([0.5, 1.0, 1.5, -1.0]))
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(BATCH, 4, *trailing, generator=generator, dtype=torch.float64)[own] + 2
+    inputs.requires_grad_()
+    for _ in range(2):
+        output = layer(inputs)
+    gather_rows(output).pow(3).sum().backward()
+    sum_gradients(layer.parameters())
+    return {
+        "output": gather_rows(output.detach()),
+        "gradient": gather_rows(inputs.grad),
+        "evaluated": gather_rows(layer.eval()(inputs).detach()),
+        **{name: parameter.grad for name, parameter in layer.named_parameters()},
+        **dict(layer.named_buffers()),
+    }
+
+
+ARGUMENTS_1D: dict[str, tuple[tuple[int, ...], bool]] = {
+    "vectors": ((), True),
+    "sequences": ((5,), True),
+    "vectors without affine": ((), False),
+    "sequences without affine": ((5,), False),
+}
+
+
+def check_norm_1d(kind: type[nn.BatchNorm1d], own: slice) -> dict[str, dict[str, Any]]:
+    return {name: step_1d(kind, own, *trailing, affine=a) for name, (trailing, a) in ARGUMENTS_1D.items()}
+
+
+def smooth_net() -> nn.Module:
+    """A small net with batch normalisation of both kinds whose second derivatives are nowhere zero."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Softplus(),
+        nn.Conv2d(4, 5, 3, stride=2, bias=False),
+        nn.BatchNorm2d(5, affine=False),
+        nn.Softplus(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 6),
+        nn.BatchNorm1d(6),
+        nn.Tanh(),
+        nn.Linear(6, 3),
+    ).double()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2 + 0.1)
+    return net
+
+
+def penalty_step(net: nn.Module, own: slice, *, gathers: bool) -> dict[str, Any]:
+    """Gradients of a loss and its penalty, the squared norm of the loss' gradient with respect to the images.
+
+    With `gathers` loss and penalty look at the whole global batch; else each worker has its own part of both.
+    """
+    pixels, labels, _ = (tensor[own] for tensor in batch())
+    pixels.requires_grad_()
+    logits = net(pixels)
+    if gathers:
+        logits, labels = gather_rows(logits), gather_rows(labels)
+        loss = F.cross_entropy(logits, labels) + (logits @ logits.T).tanh().mean()
+    else:
+        loss = F.cross_entropy(logits, labels, reduction="sum") / BATCH
+    (gradient,) = torch.autograd.grad(loss, pixels, create_graph=True)
+    squares = 100 * gradient.square().flatten(1).sum(1)
+    penalty = gather_rows(squares).square().sum().sqrt() if gathers else squares.sum()
+    (loss + penalty).backward()
+    sum_gradients(net.parameters())
+    total = (loss + penalty).detach()
+    return {
+        "total": total if gathers else sum_over_workers(total),
+        "pixels": gather_rows(pixels.grad),
+        **{name: parameter.grad for name, parameter in net.named_parameters()},
+    }
+
+
+PENALTIES = {"parts": False, "gathered": True}
+
+
+def own_rows_of_own_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    """What autograd makes of a slice: it knows nothing of the other workers' rows."""
+    start = sum(ctx.counts[: rank()])
+    padded = grad.new_zeros(sum(ctx.counts), *grad.shape[1:])
+    padded[start : start + len(grad)] = grad
+    return padded, None
+
+
+BROKEN: dict[str, tuple[Any, str, Any]] = {
+    "sums are not summed backward": (distributed._SumOverWorkers, "backward", staticmethod(lambda ctx, grad: grad)),
+    "moments are constants": (
+        distributed,
+        "_differentiable_moments",
+        lambda inputs, mean, count: (mean, distributed._global_moments(inputs.detach())[1]),
+    ),
+    "rows are cut, not gathered": (distributed._OwnRows, "backward", staticmethod(own_rows_of_own_gradient)),
+}
+
+
+def check_penalties(own: slice) -> dict[str, dict[str, Any]]:
+    found = {
+        name: penalty_step(convert_batch_norm(smooth_net()), own, gathers=gathers)
+        for name, gathers in PENALTIES.items()
+    }
+    for name, broken in BROKEN.items():
+        with mock.patch.object(*broken):
+            found[name] = penalty_step(convert_batch_norm(smooth_net()), own, gathers=True)
+    return found
+
+
 def worker(me: int, folder: str) -> None:
     warnings.simplefilter("error")
     num_workers = world_size()
@@ -182,8 +305,12 @@ def worker(me: int, folder: str) -> None:
         found[f"step {shares}"] = vars(step(convert_batch_norm(make_model()), own))
         found[f"step with counts {shares}"] = vars(step(convert_batch_norm(make_model()), own, shares))
         found[f"norm {shares}"] = check_norm(shares)
+        found[f"norm 1d {shares}"] = check_norm_1d(GlobalBatchNorm1d, own)
+        found[f"penalties {shares}"] = check_penalties(own)
         if min(shares) > 1:  # broken on purpose; torch's own layer refuses to have no rows
             found[f"local {shares}"] = vars(step(make_model(), own))
+            found[f"norm 1d, local {shares}"] = check_norm_1d(nn.BatchNorm1d, own)
+            found[f"penalty, local {shares}"] = penalty_step(smooth_net(), own, gathers=True)
     found["gather"] = check_gather()
     found["sum_gradients"] = check_sum_gradients()
     torch.save(found, f"{folder}/found-{me}.pt")
@@ -336,6 +463,55 @@ def test_global_batch_norm_without_affine_with_cumulative_average(
         assert largest_difference(result["plain_buffers"], dict(layer.named_buffers())) < 1e-10
 
 
+@pytest.mark.parametrize("shares", ALL_SHARES, ids=str)
+def test_global_batch_norm_of_one_dimension(found: dict[int, list[dict[str, Any]]], shares: tuple[int, ...]) -> None:
+    expected = check_norm_1d(nn.BatchNorm1d, slice(0, BATCH))
+    for result in of_all(found, shares, "norm 1d"):
+        for name, values in expected.items():
+            assert values["gradient"].abs().max() > 1
+            assert largest_difference(result[name], values) < 1e-9
+    if min(shares) > 1:
+        for result in of_all(found, shares, "norm 1d, local"):
+            for name, values in expected.items():
+                for part in ("output", "gradient", "running_mean", "running_var"):
+                    assert largest_difference({part: result[name][part]}, {part: values[part]}) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def penalties_alone() -> dict[str, dict[str, Any]]:
+    """Of one process with torch's own layers."""
+    return {name: penalty_step(smooth_net(), slice(0, BATCH), gathers=gathers) for name, gathers in PENALTIES.items()}
+
+
+@pytest.mark.parametrize("shares", ALL_SHARES, ids=str)
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_a_penalty_of_gradients_equals_that_of_one_worker(
+    found: dict[int, list[dict[str, Any]]],
+    penalties_alone: dict[str, dict[str, Any]],
+    shares: tuple[int, ...],
+    kind: str,
+) -> None:
+    expected = penalties_alone[kind]
+    assert all(value.abs().max() > 0.1 for name, value in expected.items() if name != "8.bias")  # which BN takes away
+    for results in of_all(found, shares, "penalties"):
+        assert largest_difference(results[kind], expected) < 1e-9
+
+
+@pytest.mark.parametrize("shares", ALL_SHARES, ids=str)
+def test_a_broken_second_derivative_would_be_seen(
+    found: dict[int, list[dict[str, Any]]], penalties_alone: dict[str, dict[str, Any]], shares: tuple[int, ...]
+) -> None:
+    expected = penalties_alone["gathered"]
+    for results in of_all(found, shares, "penalties"):
+        for name in BROKEN:
+            assert abs(results[name]["total"] - expected["total"]) < 1e-9  # only what is derived from it is wrong
+            alone_has_all = max(shares) == BATCH and name != "moments are constants"
+            assert alone_has_all or largest_difference(results[name], expected) > 1e-6
+    if min(shares) > 1:
+        for result in of_all(found, shares, "penalty, local"):
+            assert largest_difference(result, expected) > 1e-6
+
+
 def test_conversion_keeps_parameters_keys_and_numbers() -> None:
     model = make_model()
     model.groups[1].eval()
@@ -352,3 +528,13 @@ def test_conversion_keeps_parameters_keys_and_numbers() -> None:
     assert largest_difference(ours.gradients, theirs.gradients) == 0
     assert largest_difference(ours.buffers, theirs.buffers) == 0
     assert type(convert_batch_norm(nn.BatchNorm2d(2))) is GlobalBatchNorm2d
+    assert type(convert_batch_norm(nn.BatchNorm1d(2))) is GlobalBatchNorm1d
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_conversion_changes_no_number_of_one_worker(kind: str, penalties_alone: dict[str, dict[str, Any]]) -> None:
+    net = convert_batch_norm(smooth_net())
+    kinds = [type(m) for m in net.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    assert kinds == [GlobalBatchNorm2d, GlobalBatchNorm2d, GlobalBatchNorm1d]
+    ours = penalty_step(net, slice(0, BATCH), gathers=PENALTIES[kind])
+    assert largest_difference(ours, penalties_alone[kind]) == 0

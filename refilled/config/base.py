@@ -55,7 +55,8 @@ class Config:
             UserError: for a key the class does not have, or a value of a type or size that a field refuses.
         """
         require(isinstance(values, Mapping), cls.__name__, "an object of settings", values)
-        hints = typing.get_type_hints(cls)
+        types_by_name = typing.get_type_hints(cls)
+        hints = {f.name: types_by_name[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(shown(name) for name in values if name not in hints)
         if unknown:
             raise UserError(f"Unknown setting {unknown[0]}; {cls.__name__} has {', '.join(sorted(hints))}.")

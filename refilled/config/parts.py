@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from refilled.config.base import Config, is_positive, require
 
@@ -43,6 +44,9 @@ class ScheduleConfig(Config):
 @dataclass(frozen=True, kw_only=True)
 class TermConfig(Config):
     """Settings of one loss term."""
+
+    added: ClassVar[Mapping[str, object]] = {}
+    """Settings that came after the term's first runs were stored, with the value that means "as before"."""
 
     def __post_init__(self) -> None:
         """Check every field; terms with settings extend it."""

@@ -1,8 +1,4 @@
-"""Loss terms by name. A new one is one file and one line in `TERMS`."""
-
-from __future__ import annotations
-
-from collections.abc import Mapping
+"""Loss terms, one a file. A new one is a file here and a line in `refilled.methods.TERMS`."""
 
 from refilled.terms.base import (
     GlobalBatch,
@@ -13,20 +9,5 @@ from refilled.terms.base import (
     TeacherOutput,
     Term,
 )
-from refilled.terms.comparison import Comparison
-from refilled.terms.cross_entropy import CrossEntropy
-from refilled.terms.kd import Kd
-from refilled.terms.lkd import Lkd, WeightedLkd
 
-TERMS: Mapping[str, type[Term]] = {
-    term.name: term
-    for term in (
-        CrossEntropy,
-        Kd,
-        Comparison,
-        Lkd,
-        WeightedLkd,
-    )
-}
-
-__all__ = ["TERMS", "GlobalBatch", "Local", "Needs", "Setting", "Teacher", "TeacherOutput", "Term"]
+__all__ = ["GlobalBatch", "Local", "Needs", "Setting", "Teacher", "TeacherOutput", "Term"]

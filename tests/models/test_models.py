@@ -11,6 +11,7 @@ from torch import nn
 from refilled.errors import UserError
 from refilled.keyed import keyed_permutation, keyed_uint64
 from refilled.models import KeyedDropout, Model, Output, build_model, parameters_of_embedding, validate_model_name
+from refilled.models.output import Family
 
 torch.set_num_threads(1)
 
@@ -72,6 +73,23 @@ def test_head_on_embedding_gives_logits(name: str) -> None:
     own = {id(p) for p in parameters_of_embedding(model)} | {id(p) for p in model.head.parameters()}
     assert own == {id(p) for p in model.parameters()}
     assert not {id(p) for p in parameters_of_embedding(model)} & {id(p) for p in model.head.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"), [("wrn-10-1", (16, 32, 64)), ("wrn-16-2", (32, 64, 128)), ("convnet-8", (8, 16, 32))]
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_features_are_what_the_groups_give_before_an_activation(
+    name: str, channels: tuple[int, ...], training: bool
+) -> None:
+    model = build(name).train(training)
+    output = model(images())
+    assert model.feature_channels == channels
+    assert tuple(features.shape[1] for features in output.features) == channels
+    for features in output.features:
+        assert 0.2 < (features < 0).float().mean() < 0.8
+    last = output.features[-1] if name.startswith("convnet") else model.bn(output.features[-1])
+    assert torch.equal(F.relu(last).mean(dim=(2, 3)), output.embedding)
 
 
 def test_pre_activation_block_by_hand() -> None:
@@ -157,6 +175,20 @@ def test_unknown_names_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["wrn-40-2", "wrn-10-1", "wrn-100-12", "convnet-1", "convnet-64"])
 def test_known_names_are_accepted(name: str) -> None:
     validate_model_name(name)
+
+
+def test_a_family_reads_its_sizes_itself() -> None:
+    family = Family(
+        form="half-WIDTH (half-0.5)",
+        pattern=re.compile(r"half-([0-9.]+)"),
+        is_valid=lambda width: width <= 1,
+        build=Model,
+        min_image_size=1,
+        parse_sizes=lambda groups: (float(groups[0]),),
+    )
+    assert family.parse("half-0.5") == (0.5,)
+    assert family.parse("half-1.5") is None
+    assert family.parse("whole-0.5") is None
 
 
 def test_numbers_out_of_range_are_refused() -> None:

@@ -1,0 +1,153 @@
+"""Contrastive representation distillation with a memory (Tian, Krishnan and Isola, ICLR 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refilled import distributed
+from refilled.config import Float, Searched, TermConfig
+from refilled.config.base import is_positive, require
+from refilled.errors import UserError
+from refilled.keyed import derive_seed, keyed_uint64, keyed_uniform
+from refilled.losses import contrastive_nce, gathered_scores, sample_negatives
+from refilled.terms.base import GlobalBatch, Local, Needs, Setting, Term, mean_of_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrdConfig(TermConfig):
+    """weight x (student against the teacher's memory + teacher against the student's)."""
+
+    weight: float = 0.8
+    """Weight of the loss (the authors' 0.8)."""
+    dim: int = 128
+    """Width of the shared space and of the memories."""
+    temperature: float = 0.07
+    """Temperature of the scores."""
+    momentum: float = 0.5
+    """What a memory keeps of a row at an update."""
+    num_negatives: int = 16_384
+    """Negatives of an image, of other classes; all that there are where these are fewer."""
+    positive: Literal["exact", "relax"] = "exact"
+    """exact: the image's own row of the memory; relax: that of any image of its class."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
+        require(is_positive(self.weight), "crd.weight", "above 0", self.weight)
+        require(self.dim >= 1, "crd.dim", "at least 1", self.dim)
+        require(is_positive(self.temperature), "crd.temperature", "above 0", self.temperature)
+        require(0 <= self.momentum < 1, "crd.momentum", "in [0, 1)", self.momentum)
+        require(self.num_negatives >= 1, "crd.num_negatives", "at least 1", self.num_negatives)
+        require(self.positive in ("exact", "relax"), "crd.positive", "exact or relax", self.positive)
+
+
+class Crd(Term):
+    """Two linear maps into a shared space, a memory of both sides with a row for each training image, two constants.
+
+    Negatives are drawn without replacement, keyed by (seed, epoch, image). The constants Z are taken from the first
+    global batch, as mean score x N. State: 2 x N x dim numbers, 25.6 MB of a checkpoint at N = 25,000. Any label
+    spaces.
+    """
+
+    name: ClassVar[str] = "crd"
+    Config: ClassVar[type[CrdConfig]] = CrdConfig
+    space: ClassVar[tuple[Searched, ...]] = (Searched("temperature", Float(0.02, 0.5, log=True)),)
+    weight_space: ClassVar[Searched] = Searched("weight", Float(0.05, 10.0, log=True))
+    needs: ClassVar[Needs] = Needs(student=frozenset({"embedding"}), teacher=frozenset({"embedding"}))
+
+    labels: Tensor
+    student_memory: Tensor
+    teacher_memory: Tensor
+    normalisers: Tensor
+
+    def __init__(self, config: CrdConfig, setting: Setting) -> None:
+        super().__init__(config, setting)
+        self.student_map = nn.Linear(setting.student.embedding_dim, config.dim)
+        self.teacher_map = nn.Linear(setting.known_teacher.embedding_dim, config.dim)
+        self._seed = setting.seed
+        self.num_images = len(setting.labels)
+        counts = torch.bincount(setting.labels)
+        self.num_negatives = min(config.num_negatives, self.num_images - int(counts.max()))
+        if self.num_negatives < 1:
+            raise UserError("method crd needs training images of at least two classes, which are its negatives.")
+        self.register_buffer("labels", setting.labels, persistent=False)
+        for side in ("student", "teacher"):
+            self.register_buffer(f"{side}_memory", self._start_of_memory(side))
+        self.register_buffer(
+            "normalisers", torch.zeros(2)
+        )  # Z of the student's and of the teacher's scores; 0: not yet
+        self._has_normalisers = False
+
+    def rows(self, local: Local) -> dict[str, Tensor]:
+        """Each image's loss, both sides together, and what both memories are going to take."""
+        dtype = self.student_map.weight.dtype
+        student = F.normalize(self.student_map(local.student.embedding.to(dtype)), dim=1)
+        teacher = F.normalize(self.teacher_map(local.known_teacher.embedding.to(dtype)), dim=1)
+        columns = self._columns(local)
+        of_student = gathered_scores(student, self.teacher_memory, columns, temperature=self.config.temperature)
+        of_teacher = gathered_scores(teacher, self.student_memory, columns, temperature=self.config.temperature)
+        self._set_normalisers(of_student, of_teacher)
+        losses = [
+            contrastive_nce(scores / normaliser, num_images=self.num_images)
+            for scores, normaliser in zip((of_student, of_teacher), self.normalisers, strict=True)
+        ]
+        return {"crd": losses[0] + losses[1], "crd_student": student.detach(), "crd_teacher": teacher.detach()}
+
+    def loss(self, rows: dict[str, Tensor], batch: GlobalBatch) -> Tensor:
+        """Mean over the global batch."""
+        loss: Tensor = self.config.weight * mean_of_rows(rows["crd"])
+        return loss
+
+    def update(self, rows: dict[str, Tensor], batch: GlobalBatch) -> None:
+        """Move the rows of the batch's images towards their new embeddings, on the unit sphere."""
+        for memory, new in (
+            (self.student_memory, rows["crd_student"]),
+            (self.teacher_memory, rows["crd_teacher"]),
+        ):
+            moved = self.config.momentum * memory[batch.image_ids] + (1 - self.config.momentum) * new
+            memory[batch.image_ids] = F.normalize(moved, dim=1)
+
+    def _start_of_memory(self, side: str) -> Tensor:
+        """Uniform within ±sqrt(3 / dim), so that a row's expected squared length is 1."""
+        images, columns = torch.arange(self.num_images)[:, None], torch.arange(self.config.dim)
+        drawn = keyed_uniform(derive_seed(self._seed, "memory", side), images, columns)
+        start: Tensor = (2 * drawn - 1) * (3 / self.config.dim) ** 0.5
+        return start.float()
+
+    def _columns(self, local: Local) -> Tensor:
+        """Rows of the memories that each image is compared with, [b, 1 + K], its positive first."""
+        negatives = sample_negatives(
+            self.labels,
+            local.image_ids,
+            num_negatives=self.num_negatives,
+            seed=derive_seed(self._seed, "negatives"),
+            step_key=local.epoch,
+        )
+        positives = local.image_ids if self.config.positive == "exact" else self._of_class(local)
+        return torch.cat((positives[:, None], negatives), dim=1)
+
+    def _of_class(self, local: Local) -> Tensor:
+        """An image of each image's class, drawn by (seed, epoch, image), [b]."""
+        order = self.labels.argsort(stable=True)
+        sizes = self.labels.bincount()
+        own = sizes[local.labels]
+        draws = keyed_uint64(derive_seed(self._seed, "positives"), local.epoch, local.image_ids)
+        places = (sizes.cumsum(0) - sizes)[local.labels] + (draws.bitwise_and(2**62 - 1) % own)
+        chosen: Tensor = order[places]
+        return chosen
+
+    def _set_normalisers(self, of_student: Tensor, of_teacher: Tensor) -> None:
+        """Take Z from the first global batch; later calls do nothing."""
+        if self._has_normalisers or bool((self.normalisers != 0).all()):
+            self._has_normalisers = True
+            return
+        sums = torch.stack([of_student.detach().double().sum(), of_teacher.detach().double().sum()])
+        count = torch.tensor([float(of_student.numel())], dtype=torch.float64, device=sums.device)
+        total = distributed.sum_over_workers(torch.cat((sums, count)))
+        self.normalisers.copy_(total[:2] / total[2] * self.num_images)
+        self._has_normalisers = True

@@ -1,0 +1,72 @@
+"""FitNet's hint: a middle map of the student, through a trained regressor, matches the teacher's (Romero et al., 2015).
+
+In one stage with cross-entropy, as every re-implementation has it; the original trains the student's lower part first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refilled.config import Float, Searched, TermConfig
+from refilled.config.base import is_positive, require
+from refilled.errors import UserError
+from refilled.losses import hint_loss, match_size, pair_maps
+from refilled.terms.base import GlobalBatch, Local, Needs, Setting, Term, mean_of_rows, raw_maps
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitnetConfig(TermConfig):
+    """weight x mean squared error of one map."""
+
+    weight: float = 100.0
+    """Weight of the loss (re-implementations: 100)."""
+    map: int = 2
+    """Which of the pairs of maps, from 1, the first group's first; the deepest maps are a pair."""
+    relu: bool = True
+    """Whether the regressor ends in a ReLU (re-implementations: yes); it then reaches no negative entry of a map."""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
+        require(is_positive(self.weight), "fitnet.weight", "above 0", self.weight)
+        require(self.map >= 1, "fitnet.map", "at least 1", self.map)
+
+
+class Fitnet(Term):
+    """Regressor: conv 1x1 with bias, batch norm, ReLU; of two sizes the larger is average-pooled to the smaller first.
+
+    Label-free; the teacher runs in every step.
+    """
+
+    name: ClassVar[str] = "fitnet"
+    Config: ClassVar[type[FitnetConfig]] = FitnetConfig
+    weight_space: ClassVar[Searched] = Searched("weight", Float(1.0, 1000.0, log=True))
+    needs: ClassVar[Needs] = Needs(student=frozenset({"features"}), teacher=frozenset({"features"}))
+
+    def __init__(self, config: FitnetConfig, setting: Setting) -> None:
+        super().__init__(config, setting)
+        student, teacher = setting.student, setting.known_teacher
+        channels = pair_maps(student.feature_channels, teacher.feature_channels)
+        if config.map > len(channels):
+            raise UserError(f"fitnet.map must be at most {len(channels)} for these networks, got {config.map}.")
+        own, wanted = channels[config.map - 1]
+        self.convolution = nn.Conv2d(own, wanted, 1)
+        self.norm = nn.BatchNorm2d(wanted)
+        self._ends_in_relu = student.borders_end_in_relu, teacher.borders_end_in_relu
+
+    def rows(self, local: Local) -> dict[str, Tensor]:
+        """The squared error of each image, mean over its entries."""
+        own = raw_maps(local.student.features, self._ends_in_relu[0])
+        wanted = raw_maps(local.known_teacher.features, self._ends_in_relu[1])
+        student, teacher = match_size(*pair_maps(own, wanted)[self.config.map - 1])
+        regressed = self.norm(self.convolution(student))
+        return {"fitnet": hint_loss(F.relu(regressed) if self.config.relu else regressed, teacher)}
+
+    def loss(self, rows: dict[str, Tensor], batch: GlobalBatch) -> Tensor:
+        """Mean over the global batch."""
+        loss: Tensor = self.config.weight * mean_of_rows(rows["fitnet"])
+        return loss

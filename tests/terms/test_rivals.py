@@ -1,0 +1,300 @@
+"""The rivals' terms: their losses from rows, what they train, what they keep, and that it survives an interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from term_bench import LABELS, Bench
+
+from refilled.config import RunConfig
+from refilled.errors import UserError
+from refilled.execution import execute, run_folder
+from refilled.losses import (
+    asymmetric_matching,
+    attention_loss,
+    contrastive_nce,
+    hint_loss,
+    relational_distillation,
+    variational_loss,
+)
+from refilled.presets import smoke
+from refilled.storage.tensor_file import load_tensors
+from refilled.terms.crd import Crd
+from refilled.training import learner as learner_module
+from refilled.training.compute import Compute
+
+WITH_STATE = ("aml", "fitnet", "vid", "crd")
+ON_MAPS = ("fitnet", "vid", "at")
+
+
+def test_rkd_weighs_distances_and_angles(bench: Bench) -> None:
+    term = bench.term("rkd", "rkd", **{"terms.rkd.weight": 3.0, "terms.rkd.angle_ratio": 0.5})
+    expected = relational_distillation(
+        bench.local.student.embedding, bench.local.known_teacher.embedding, distance_weight=3.0, angle_weight=1.5
+    )
+    assert bench.value(term) == pytest.approx(float(expected.detach()), rel=1e-12)
+
+
+def test_aml_projects_to_the_teachers_width(bench: Bench) -> None:
+    term = bench.term("aml", "aml", **{"terms.aml.weight": 2.0, "terms.aml.margin": 1.1, "terms.aml.pairs": "sum"})
+    projected = bench.local.student.embedding @ term.projection.weight.T + term.projection.bias
+    expected = asymmetric_matching(
+        projected,
+        bench.local.known_teacher.embedding,
+        LABELS,
+        margin=1.1,
+        variant="contr_plus",
+        pairs="sum",
+    )
+    assert bench.value(term) == pytest.approx(2 * float(expected.detach()), rel=1e-12)
+
+
+@pytest.mark.parametrize(("number", "relu"), [(1, True), (2, False), (3, True)])
+def test_fitnet_regresses_the_named_map(bench: Bench, number: int, relu: bool) -> None:
+    term = bench.term("fitnet", "fitnet", **{"terms.fitnet.map": number, "terms.fitnet.relu": relu})
+    own, wanted = bench.local.student.features[number - 1], bench.local.known_teacher.features[number - 1]
+    own = F.adaptive_avg_pool2d(own, wanted.shape[-1])  # the student's third map is larger than the teacher's
+    regressed = F.batch_norm(term.convolution(own), None, None, training=True)
+    expected = hint_loss(F.relu(regressed) if relu else regressed, wanted).mean()
+    assert bench.value(term) == pytest.approx(100 * float(expected.detach()), rel=1e-9)
+
+
+def test_fitnets_map_must_exist(bench: Bench) -> None:
+    with pytest.raises(UserError, match=r"fitnet\.map must be at most 3 for these networks, got 4"):
+        bench.term("fitnet", "fitnet", **{"terms.fitnet.map": 4})
+
+
+def test_fitnets_regressor_has_the_published_size(bench: Bench) -> None:
+    """WRN-16-2 to WRN-40-2, group 2: 64 x 64 weights, 64 biases, 128 of the batch norm."""
+    setting = dataclasses.replace(
+        bench.setting,
+        student=dataclasses.replace(bench.setting.student, feature_channels=(32, 64, 128)),
+        teacher=dataclasses.replace(bench.setting.teacher, feature_channels=(32, 64, 128)),
+    )
+    sizes = [
+        sum(each.numel() for each in Bench(setting, bench.local, bench.batch).term(name, name).parameters())
+        for name in ("fitnet", "vid")
+    ]
+    assert sizes == [4288, 64_512 + 224]
+
+
+def test_at_sums_over_pairs_of_maps(bench: Bench) -> None:
+    pairs = zip(bench.local.student.features, bench.local.known_teacher.features, strict=True)
+    expected = sum(float(attention_loss(own, wanted).mean()) for own, wanted in pairs)
+    assert bench.value(bench.term("at", "at")) == pytest.approx(1000 * expected, rel=1e-12)
+
+
+def test_maps_that_end_in_a_relu_are_taken_behind_it(bench: Bench) -> None:
+    """Of a pre-activation network the maps themselves, of all others what the next group gets."""
+    term = bench.term("at", "at")
+    plain = bench.value(term)
+    term._ends_in_relu = (True, True)
+    assert bench.value(term) != plain
+    behind = tuple(F.relu(each) for each in bench.local.student.features)
+    teacher = bench.local.known_teacher
+    local = dataclasses.replace(
+        bench.local,
+        student=bench.local.student._replace(features=behind),
+        teacher=teacher._replace(features=tuple(F.relu(each) for each in teacher.features)),
+    )
+    with_relu = bench.value(term)
+    term._ends_in_relu = (False, False)
+    assert bench.value(term, local) == with_relu
+
+
+def test_vid_is_its_likelihood_and_its_variances_are_really_trained(bench: Bench) -> None:
+    term = bench.term("vid", "vid", **{"terms.vid.weight": 2.0, "terms.vid.initial_variance": 3.0})
+    pairs = list(zip(bench.local.student.features, bench.local.known_teacher.features, strict=True))
+    expected = 0.0
+    for (own, wanted), mean in zip(pairs, term.means, strict=True):
+        mean_map = mean(F.adaptive_avg_pool2d(own, wanted.shape[-1]))
+        variance = torch.full((wanted.shape[1],), 3.0, dtype=torch.float64)
+        expected += float(variational_loss(mean_map.detach(), wanted, variance).mean())
+    assert bench.value(term) == pytest.approx(2 * expected, rel=1e-6)  # scales are float32 when they are made
+    bench.loss(term).backward()
+    assert all(float(scale.grad.abs().min()) > 0 for scale in term.scales)
+    assert {id(each) for each in term.undecayed()} == {id(each) for each in term.scales}
+
+
+class TestCrd:
+    """CRD, whose memories are state from step to step."""
+
+    def term(self, bench: Bench, **settings: Any) -> Crd:
+        found = bench.term("crd", "crd", **{"terms.crd.dim": 6, "terms.crd.num_negatives": 4} | settings)
+        assert isinstance(found, Crd)
+        return found
+
+    def test_first_step_is_the_definition(self, bench: Bench) -> None:
+        """Scores by plain loops, Z as their mean over all of the batch times N."""
+        term = self.term(bench)
+        own = F.normalize(term.student_map(bench.local.student.embedding), dim=1)
+        wanted = F.normalize(term.teacher_map(bench.local.known_teacher.embedding), dim=1)
+        columns = term._columns(bench.local)
+        expected = 0.0
+        for anchors, memory in ((own, term.teacher_memory), (wanted, term.student_memory)):
+            scores = torch.stack(
+                [
+                    torch.stack([(anchor @ memory[column] / 0.07).exp() for column in row])
+                    for anchor, row in zip(anchors.detach(), columns, strict=True)
+                ]
+            )
+            h = scores / (scores.mean() * term.num_images)
+            expected += float(contrastive_nce(h.detach(), num_images=term.num_images).mean())
+        assert bench.value(term) == pytest.approx(0.8 * expected, rel=1e-9)
+
+    def test_negatives_are_of_other_classes_and_the_positive_is_the_image_itself(self, bench: Bench) -> None:
+        term = self.term(bench)
+        columns = term._columns(bench.local)
+        assert torch.equal(columns[:, 0], bench.local.image_ids)
+        assert bool((bench.setting.labels[columns[:, 1:]] != LABELS[:, None]).all())
+        relaxed = self.term(bench, **{"terms.crd.positive": "relax"})._columns(bench.local)[:, 0]
+        assert bool((bench.setting.labels[relaxed] == LABELS).all())
+
+    def test_all_others_are_negatives_where_more_are_asked_for(self, bench: Bench) -> None:
+        term = self.term(bench, **{"terms.crd.num_negatives": 16_384})
+        assert term.num_negatives == 12 - 3  # the largest class has three of twelve images
+
+    def test_update_moves_the_batchs_rows_alone_and_keeps_them_on_the_sphere(self, bench: Bench) -> None:
+        term = self.term(bench)
+        before = term.student_memory.clone()
+        rows = {name: each.detach() for name, each in term.rows(bench.local).items()}
+        term.update(rows, bench.batch)
+        assert torch.equal(term.student_memory[8:], before[8:])
+        expected = F.normalize(0.5 * before[:8] + 0.5 * rows["crd_student"], dim=1)
+        torch.testing.assert_close(term.student_memory[:8], expected)
+
+    def test_normalisers_are_of_the_first_batch(self, bench: Bench) -> None:
+        term = self.term(bench)
+        bench.loss(term)
+        first = term.normalisers.clone()
+        assert bool((first > 0).all())
+        with torch.no_grad():
+            term.student_map.weight.mul_(3)
+        bench.loss(term)
+        assert torch.equal(term.normalisers, first)
+
+
+@pytest.mark.parametrize("method", ["rkd", "aml", "fitnet", "vid", "crd", "at"])
+def test_no_gradient_reaches_the_teacher_and_a_worker_without_images_has_rows(bench: Bench, method: str) -> None:
+    teacher = bench.local.known_teacher
+    asked = teacher._replace(
+        embedding=teacher.embedding.clone().requires_grad_(),
+        features=tuple(m.clone().requires_grad_() for m in teacher.features),
+    )
+    term = bench.term(method, method)
+    student = bench.local.student._replace(
+        embedding=bench.local.student.embedding.clone().requires_grad_(),
+        features=tuple(m.clone().requires_grad_() for m in bench.local.student.features),
+    )
+    bench.loss(term, dataclasses.replace(bench.local, student=student, teacher=asked)).backward()
+    reached = [student.embedding.grad, *(m.grad for m in student.features)]
+    assert any(grad is not None and float(grad.abs().sum()) > 0 for grad in reached)
+    if method != "crd":  # of which the teacher's side is trained too: the map on top of the frozen embedding
+        assert all(
+            each.grad is None or float(each.grad.abs().sum()) == 0 for each in (asked.embedding, *asked.features)
+        )
+    if method == "fitnet":
+        term.eval()  # one process's batch norm wants an image; that of a group is tested in test_world_size
+    none = dataclasses.replace(
+        bench.local,
+        image_ids=bench.local.image_ids[:0],
+        labels=LABELS[:0],
+        student=bench.local.student._replace(
+            embedding=student.embedding[:0], features=tuple(m[:0] for m in student.features)
+        ),
+        teacher=teacher._replace(embedding=teacher.embedding[:0], features=tuple(m[:0] for m in teacher.features)),
+    )
+    assert all(len(rows) == 0 for rows in term.rows(none).values())
+
+
+class Interruption(BaseException):
+    """Ends a run between two epochs."""
+
+
+def small_run(method: str) -> RunConfig:
+    run = dataclasses.replace(
+        smoke().run,
+        method=method,
+        overlap=0.4,
+        epochs=(4, 4),
+        teacher_epochs=2,
+        student="convnet-4",
+        teacher="convnet-8",
+    )
+    return run.with_overrides({"terms.crd.num_negatives": 100} if method == "crd" else {})
+
+
+@pytest.mark.parametrize("method", WITH_STATE)
+def test_interrupted_run_ends_as_if_it_had_not_been(
+    method: str, storage: Path, tmp_path: Path, compute: Compute
+) -> None:
+    """Parameters and memories of terms, and the optimiser's part of them, come back from the checkpoint."""
+
+    def interrupt(row: dict[str, Any]) -> None:
+        if row["epoch"] == 2:
+            raise Interruption
+
+    run = small_run(method)
+    execute(run, storage, compute)
+    with pytest.raises(Interruption):
+        execute(run, tmp_path, compute, interrupt)
+    kept = load_tensors(run_folder(run, tmp_path).path / "checkpoint.pt")
+    assert kept["terms"]
+    execute(run, tmp_path, compute)
+    times = ("images_per_second", "epoch_s")
+    rows = [
+        [{k: v for k, v in row.items() if k not in times} for row in run_folder(run, where).rows()]
+        for where in (storage, tmp_path)
+    ]
+    assert rows[0] == rows[1]
+    weights = [load_tensors(run_folder(run, where).path / "model.pt")["weights"] for where in (storage, tmp_path)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("method", WITH_STATE)
+def test_terms_begin_alike_wherever_they_are_made(
+    method: str, tmp_path: Path, compute: Compute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    begin = learner_module.begin_stage
+
+    def spy(learner: Any, stage: Any) -> None:
+        torch.rand(1)  # a global generator that stands elsewhere must not matter
+        begin(learner, stage)
+        seen.append({name: each.clone() for name, each in learner.terms.state_dict().items()})
+
+    monkeypatch.setattr("refilled.training.loop.begin_stage", spy)
+    run = dataclasses.replace(small_run(method), epochs=(1, 1))
+
+    for folder in ("a", "b"):
+        execute(run, tmp_path / folder, compute)
+    with_state = [state for state in seen if state]
+    assert len(with_state) == 2
+    assert all(torch.equal(with_state[0][name], with_state[1][name]) for name in with_state[0])
+
+
+@pytest.mark.parametrize("method", ON_MAPS)
+def test_maps_come_from_the_live_teacher_whatever_the_bank_says(method: str, tmp_path: Path, compute: Compute) -> None:
+    run = dataclasses.replace(small_run(method), epochs=(1, 1))
+    rows = [
+        execute(run.with_overrides({"bank.mode": mode}), tmp_path / mode, compute, num_sharing_runs=1000)
+        for mode in ("live", "auto")
+    ]
+    assert rows[0]["train_loss"] == rows[1]["train_loss"]
+    assert not list(tmp_path.glob("auto/banks/*/meta.json"))
+
+
+@pytest.mark.parametrize("method", ["rkd", "aml", "crd"])
+def test_embeddings_from_the_cache_give_the_same_run(method: str, tmp_path: Path, compute: Compute) -> None:
+    run = dataclasses.replace(small_run(method), epochs=(1, 1))
+    rows = [
+        execute(run.with_overrides({"bank.mode": mode}), tmp_path / mode, compute, num_sharing_runs=1000)
+        for mode in ("live", "bank")
+    ]
+    assert rows[0]["train_loss"] == rows[1]["train_loss"]
+    assert list(tmp_path.glob("bank/banks/*/meta.json"))
