@@ -2,9 +2,10 @@
 
     python analysis/report.py --experiment NAME [--tracking-uri URI] [--out DIR] [--search KEY]
 
-writes to DIR: `overlap_table.md`, `accuracy_over_overlap.png` and `.pdf`, and `cells.csv`, which leads from every
-number to its run ids. Without a tracking URI it reads the SQLite file that a search keeps in the folder `runs`; without
-a key it takes the search that was started last.
+writes to DIR: `overlap_table.md`, `accuracy_over_overlap.png` and `.pdf`, `cells.csv` (one row a cell and method, which
+leads from every number to its run ids) and `differences.csv` (every pair of methods of a cell). Without a tracking URI
+it reads the SQLite file that a search keeps in the folder `runs`; without a key it takes the search that was started
+last.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from analysis.plots import accuracy_over_overlap, save_figure
 from analysis.runs import ALL_SEARCHES, fetch_runs
-from analysis.summary import summarise
+from analysis.summary import differences, summarise
 from analysis.tables import document, overlap_table, plain_text
 from refilled.command import new_app, run_app
 from refilled.errors import UserError
@@ -78,7 +79,8 @@ def write_report(cells: pd.DataFrame, experiment: str, out: Path) -> list[Path]:
             folder = Path(temporary)
             (folder / "overlap_table.md").write_text(document(cells, experiment), encoding="utf-8")
             save_figure(accuracy_over_overlap(cells), folder / "accuracy_over_overlap")
-            _flat(cells).to_csv(folder / "cells.csv", index=False)
+            for name, table in (("cells.csv", cells), ("differences.csv", differences(cells))):
+                _flat(table).to_csv(folder / name, index=False)
             written = sorted(folder.iterdir())
             for path in written:
                 os.replace(path, out / path.name)

@@ -50,7 +50,8 @@ def fetch_runs(tracking_uri: str, experiment: str, *, search_key: str | None = N
     Returns:
         The columns `COLUMNS`, then one column `params.NAME` for every setting, as text. `overlap`, `val_accuracy` (the
         best of the run) and `test_accuracy` are floats, `seed` and `trial` nullable integers, `winner` is a bool,
-        `start_time` a UTC time. A search without runs gives an empty table.
+        `start_time` a UTC time; `teacher` is `none` for a run that needs none. A search without runs gives an empty
+        table.
 
     Raises:
         UserError: MLflow does not answer or the file does not exist; there is no such experiment or search.

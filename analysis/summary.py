@@ -1,31 +1,30 @@
-"""From runs to cells: the winner's validation accuracy, test accuracies over seeds, and paired differences."""
+"""From runs to cells: the winner's validation accuracy, test accuracies over seeds, and differences paired by seed."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from refilled.errors import UserError
+from refilled.methods import VANILLA
 from refilled.statistics import mean_and_ci95
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CELL = ["search_key", "overlap", "teacher", "student", "method"]
+SHORT_VANILLA = f"{VANILLA}, classifier epochs only"
+NO_TEACHER = "none"  # the tag `teacher` of runs that all teachers of their search share
+CELL = ["search_key", "overlap", "teacher", "student"]
 COLUMNS = (
     *CELL,
+    "method",
     "val_accuracy",
     "seeds",
     "test_accuracy",
     "mean",
     "ci95",
-    "baseline_seeds",
-    "baseline_test_accuracy",
-    "baseline_mean",
-    "baseline_ci95",
-    "baseline_short_test_accuracy",
-    "baseline_short_mean",
-    "baseline_short_ci95",
     "num_pairs",
     "difference_mean",
     "difference_ci95",
@@ -33,86 +32,139 @@ COLUMNS = (
     "num_pruned",
     "num_failed",
     "run_ids",
-    "baseline_run_ids",
-    "baseline_short_run_ids",
     "code_versions",
     "data_digests",
 )
+DIFFERENCE_COLUMNS = (*CELL, "method", "other", "mean", "ci95", "num_pairs")
+
+_KINDS = ("trial", "refit")
+_ROLE_OF_SHORT = "baseline_short"
+_ROLES = ("method", _ROLE_OF_SHORT)
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell and method.
+    """One row a method of a cell.
 
-    A vanilla student is shared by all teachers: it is looked up by overlap and student. Only finished refits with a
-    test accuracy count; of two with the same seed (the search went on and found another winner) the later one.
-    Differences are taken between refits of the same seed.
+    What was run without a teacher, such as the vanilla student, stands in every cell of its search, overlap and
+    student, and in a cell of teacher `NO_TEACHER` where there is none. The vanilla student's refits with the classifier
+    stage's epochs alone are the method `SHORT_VANILLA`. Only finished refits with a test accuracy count; of two with
+    the same seed (the search went on and found another winner) the later one.
 
     Args:
         runs: What `analysis.runs.fetch_runs` returns.
 
     Returns:
-        The columns `COLUMNS`, accuracies in [0, 1], sorted by cell.
+        The columns `COLUMNS`, accuracies in [0, 1], sorted by cell, methods as in `in_order`. Differences are to the
+        vanilla student of the cell, between refits of the same seed; without any they are NaN, and so are the vanilla
+        student's own. `run_ids` are the winning trial's and its refits'.
 
     Raises:
         UserError: There is no finished refit of any method.
     """
     import pandas as pd
 
-    refits = _finished_refits(runs)
-    if refits[refits["role"] == "method"].empty:
+    rows: list[dict[str, Any]] = []
+    for cell, of_cell in _placed(runs).groupby(CELL, sort=True):
+        methods = {str(method): _of_method(of_method) for method, of_method in of_cell.groupby("method")}
+        for method in in_order(methods):
+            place = dict(zip(CELL, cell, strict=True)) | {"method": method}
+            rows.append(place | methods[method] | _to_vanilla(method, methods))
+    if not any(row["test_accuracy"] for row in rows):
         raise UserError("experiment: the search has no finished refit yet, so that there is no test accuracy to report")
-    methods = runs[runs["role"] == "method"]
-    rows = [
-        dict(zip(CELL, cell, strict=True)) | _cell(cell_runs, runs, refits)
-        for cell, cell_runs in methods.groupby(CELL, sort=True)
-    ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def differences(cells: pd.DataFrame) -> pd.DataFrame:
+    """Every pair of methods of a cell, between refits of the same seed.
+
+    Args:
+        cells: What `summarise` returns.
+
+    Returns:
+        The columns `DIFFERENCE_COLUMNS`: `mean` and `ci95` are of the test accuracy of `method` minus that of `other`,
+        which is the earlier one as in `in_order`. A pair without a common seed has no numbers.
+    """
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for cell, of_cell in cells.groupby(CELL, sort=True):
+        methods = {str(row["method"]): row for row in of_cell.to_dict("records")}
+        for other, method in itertools.combinations(in_order(methods), 2):
+            names = dict(zip(CELL, cell, strict=True)) | {"method": method, "other": other}
+            mean, ci95, num_pairs = _paired_difference(methods[method], methods[other])
+            rows.append(names | {"mean": mean, "ci95": ci95, "num_pairs": num_pairs})
+    return pd.DataFrame(rows, columns=list(DIFFERENCE_COLUMNS))
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Different methods as tables and figures list them: the vanilla student, then by name."""
+    return sorted(set(methods), key=lambda method: (method != VANILLA, method != SHORT_VANILLA, method))
+
+
+def _placed(runs: pd.DataFrame) -> pd.DataFrame:
+    """Trials and refits under the cells and methods that show them; one without a teacher may be under several."""
+    import pandas as pd
+
+    placed = runs[runs["kind"].isin(_KINDS) & runs["role"].isin(_ROLES)]
+    shared_by = ["search_key", "overlap", "student"]
+    with_teacher = placed[placed["teacher"] != NO_TEACHER]
+    beside = {key: sorted(set(of_key["teacher"])) for key, of_key in with_teacher.groupby(shared_by)}
+    teachers = [
+        beside.get((run["search_key"], run["overlap"], run["student"]), [NO_TEACHER])
+        if run["teacher"] == NO_TEACHER
+        else [run["teacher"]]
+        for run in placed.to_dict("records")
+    ]
+    methods = placed["method"].mask(placed["role"] == _ROLE_OF_SHORT, SHORT_VANILLA)
+    listed = placed.assign(teacher=pd.Series(teachers, index=placed.index, dtype=object), method=methods)
+    return listed.explode("teacher", ignore_index=True)
+
+
+def _of_method(runs: pd.DataFrame) -> dict[str, Any]:
+    """What the runs of one method in one cell say by themselves."""
+    trials = runs[runs["kind"] == "trial"]
+    winner = trials[trials["winner"]].sort_values("val_accuracy", ascending=False, kind="stable").head(1)
+    refits = _finished_refits(runs)
+    values = refits["test_accuracy"].tolist()
+    mean, ci95 = _mean_and_ci95(values)
+    shown = runs[runs["run_id"].isin([*winner["run_id"], *refits["run_id"]])]
+    return {
+        "val_accuracy": winner["val_accuracy"].iloc[0] if len(winner) else math.nan,
+        "seeds": refits["seed"].tolist(),
+        "test_accuracy": values,
+        "mean": mean,
+        "ci95": ci95,
+        "num_trials": len(trials),
+        "num_pruned": int((trials["status"] == "KILLED").sum()),
+        "num_failed": int((trials["status"] == "FAILED").sum()),
+        "run_ids": [*winner["run_id"], *refits["run_id"]],
+        "code_versions": sorted(set(shown["code_version"]) - {""}),
+        "data_digests": sorted(set(shown["data_digest"]) - {""}),
+    }
 
 
 def _finished_refits(runs: pd.DataFrame) -> pd.DataFrame:
     done = runs[(runs["kind"] == "refit") & (runs["status"] == "FINISHED") & runs["test_accuracy"].notna()]
-    done = done.sort_values("start_time", kind="stable")
-    return done.drop_duplicates([*CELL, "role", "seed"], keep="last").sort_values("seed", kind="stable")
+    latest = done.sort_values("start_time", kind="stable").drop_duplicates("seed", keep="last")
+    return latest.sort_values("seed", kind="stable")
 
 
-def _cell(cell_runs: pd.DataFrame, runs: pd.DataFrame, refits: pd.DataFrame) -> dict[str, Any]:
-    first = cell_runs.iloc[0]
-    trials = cell_runs[cell_runs["kind"] == "trial"]
-    winners = trials[trials["winner"]].sort_values("val_accuracy", ascending=False, kind="stable")
-    own = refits[refits.index.isin(cell_runs.index)]
-    beside = refits[
-        (refits["search_key"] == first["search_key"])
-        & (refits["overlap"] == first["overlap"])
-        & (refits["student"] == first["student"])
+def _to_vanilla(method: str, methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    mean, ci95, num_pairs = math.nan, math.nan, 0
+    if method != VANILLA and VANILLA in methods:
+        mean, ci95, num_pairs = _paired_difference(methods[method], methods[VANILLA])
+    return {"num_pairs": num_pairs, "difference_mean": mean, "difference_ci95": ci95}
+
+
+def _paired_difference(row: Mapping[Any, Any], other: Mapping[Any, Any]) -> tuple[float, float, int]:
+    """Mean, 95 % interval and number of the differences `row` minus `other` at the seeds that both have."""
+    of_other = dict(zip(other["seeds"], other["test_accuracy"], strict=True))
+    values = [
+        value - of_other[seed]
+        for seed, value in zip(row["seeds"], row["test_accuracy"], strict=True)
+        if seed in of_other
     ]
-    baseline, short = (beside[beside["role"] == role] for role in ("baseline", "baseline_short"))
-    pairs = own.merge(baseline, on="seed", suffixes=("", "_baseline"))
-    differences = (pairs["test_accuracy"] - pairs["test_accuracy_baseline"]).tolist()
-    difference_mean, difference_ci95 = _mean_and_ci95(differences)
-    used = runs[runs["run_id"].isin([*own["run_id"], *baseline["run_id"], *short["run_id"]])]
-    return (
-        {"val_accuracy": winners["val_accuracy"].iloc[0] if len(winners) else math.nan}
-        | {"seeds": own["seed"].tolist(), "baseline_seeds": baseline["seed"].tolist()}
-        | _accuracies("", own)
-        | _accuracies("baseline_", baseline)
-        | _accuracies("baseline_short_", short)
-        | {"num_pairs": len(differences), "difference_mean": difference_mean, "difference_ci95": difference_ci95}
-        | {
-            "num_trials": len(trials),
-            "num_pruned": int((trials["status"] == "KILLED").sum()),
-            "num_failed": int((trials["status"] == "FAILED").sum()),
-            "run_ids": [*winners["run_id"].head(1), *own["run_id"]],
-            "code_versions": sorted(set(used["code_version"]) - {""}),
-            "data_digests": sorted(set(used["data_digest"]) - {""}),
-        }
-    )
-
-
-def _accuracies(prefix: str, refits: pd.DataFrame) -> dict[str, Any]:
-    values = refits["test_accuracy"].tolist()
-    mean, ci95 = _mean_and_ci95(values)
-    named = {"test_accuracy": values, "mean": mean, "ci95": ci95, "run_ids": refits["run_id"].tolist()}
-    return {f"{prefix}{name}": value for name, value in named.items()}
+    return *_mean_and_ci95(values), len(values)
 
 
 def _mean_and_ci95(values: list[float]) -> tuple[float, float]:

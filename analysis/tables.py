@@ -1,4 +1,4 @@
-"""Cells as Markdown: accuracy over overlap, and where every number comes from."""
+"""Cells as Markdown: accuracy over overlap, what stands behind each number, and how methods differ."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+from analysis.summary import CELL, NO_TEACHER, SHORT_VANILLA, differences, in_order
 from refilled.data.text import shown
+from refilled.methods import VANILLA
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,7 +49,7 @@ def overlap_table(cells: pd.DataFrame) -> str:
         cells: What `analysis.summary.summarise` returns, of one search.
 
     Returns:
-        A Markdown table: for every teacher and student the methods, then the vanilla student; a line below it says
+        A Markdown table: for every teacher and student the methods, the vanilla student first; a line below it says
         what the numbers are.
 
     Raises:
@@ -56,16 +58,9 @@ def overlap_table(cells: pd.DataFrame) -> str:
     require_one_search(cells)
     columns: list[tuple[str, dict[float, str]]] = []
     for (teacher, student), pair in cells.groupby(["teacher", "student"], sort=True):
-        title = f"{escape_markdown(teacher)} → {escape_markdown(student)}"
-        for method, of_method in pair.groupby("method", sort=True):
-            columns.append((f"{title}: {escape_markdown(method)}", _by_overlap(of_method, "")))
-        for name, prefix in (
-            ("vanilla student", "baseline_"),
-            ("vanilla student, classifier epochs only", "baseline_short_"),
-        ):
-            texts = _by_overlap(pair, prefix)
-            if prefix == "baseline_" or set(texts.values()) != {_MISSING}:
-                columns.append((f"{title}: {name}", texts))
+        for method in in_order(pair["method"]):
+            title = f"{escape_markdown(pair_name(teacher, student))}: {escape_markdown(method)}"
+            columns.append((title, _accuracy_by_overlap(pair[pair["method"] == method])))
     header = ["overlap", *(title for title, _ in columns)]
     overlaps = sorted(set(cells["overlap"]))
     rows = [[_overlap_text(overlap), *(texts.get(overlap, _MISSING) for _, texts in columns)] for overlap in overlaps]
@@ -77,43 +72,82 @@ def overlap_table(cells: pd.DataFrame) -> str:
 
 
 def details_table(cells: pd.DataFrame) -> str:
-    """What stands behind each cell: validation accuracy, trials, the paired difference, and the run ids."""
+    """What stands behind each cell and method: validation and test accuracy, the paired difference, and trials."""
     header = [
-        *("overlap", "teacher", "student", "method", "validation accuracy"),
-        *("difference to vanilla student, paired by seed", "trials (pruned, failed)", "runs", "vanilla student's runs"),
+        *("overlap", "teacher", "student", "method", "validation accuracy", "test accuracy"),
+        *(f"difference to {VANILLA}, paired by seed", "trials (pruned, failed)"),
     ]
     rows = [
         [
             _overlap_text(cell["overlap"]),
             *(escape_markdown(cell[name]) for name in ("teacher", "student", "method")),
             percent(cell["val_accuracy"]),
+            mean_with_interval(cell["mean"], cell["ci95"], len(cell["test_accuracy"])),
             mean_with_interval(cell["difference_mean"], cell["difference_ci95"], cell["num_pairs"], signed=True),
             f"{cell['num_trials']} ({cell['num_pruned']}, {cell['num_failed']})",
-            " ".join(cell["run_ids"]) or _MISSING,
-            " ".join(cell["baseline_run_ids"]) or _MISSING,
         ]
         for _, cell in cells.iterrows()
     ]
-    note = "Accuracies in per cent. Runs: the winning trial, then its refits."
+    note = "Accuracies in per cent; the ids of all runs are in `cells.csv`."
+    if VANILLA in set(cells["method"]) and cells["teacher"].nunique() > 1:
+        note += f" The method {VANILLA} has no teacher: beside every teacher it stands with the same runs."
+    return f"{_markdown(header, rows)}\n\n{note}\n"
+
+
+def differences_table(cells: pd.DataFrame) -> str:
+    """How the methods of a cell differ in test accuracy, one row a pair of methods, one column an overlap ratio.
+
+    Args:
+        cells: What `analysis.summary.summarise` returns, of one search.
+
+    Returns:
+        A Markdown table with a line below it, of the cells that have more than two methods; empty without any. The
+        vanilla student with other epochs is in the table and makes no method more.
+
+    Raises:
+        ValueError: The cells are of several searches.
+    """
+    require_one_search(cells)
+    searched = cells["method"].where(cells["method"] != SHORT_VANILLA)
+    wide = cells[searched.groupby([cells[name] for name in CELL]).transform("nunique") > 2]
+    if wide.empty:
+        return ""
+    overlaps = sorted(set(wide["overlap"]))
+    rows = []
+    for (teacher, student), pair in differences(wide).groupby(["teacher", "student"], sort=True):
+        names = set(zip(pair["other"], pair["method"], strict=True))
+        order = in_order(pair["other"].tolist() + pair["method"].tolist())
+        for other, method in sorted(names, key=lambda both: [order.index(name) for name in both]):
+            texts = _difference_by_overlap(pair[(pair["method"] == method) & (pair["other"] == other)])
+            title = [escape_markdown(text) for text in (pair_name(teacher, student), method, other)]
+            rows.append([*title, *(texts.get(overlap, _MISSING) for overlap in overlaps)])
+    header = ["teacher → student", "method", "minus", *(_overlap_text(overlap) for overlap in overlaps)]
+    note = (
+        "Differences of test accuracy in percentage points, paired by seed: mean ± half width of the 95 % confidence "
+        "interval over n seeds. Each interval is of its pair alone: of many pairs, some exclude 0 by chance."
+    )
     return f"{_markdown(header, rows)}\n\n{note}\n"
 
 
 def document(cells: pd.DataFrame, experiment: str) -> str:
-    """The whole Markdown file: both tables, and which search, code and data they are of."""
+    """The whole Markdown file: all tables, and which search, code and data they are of."""
     origin = [f"Search {escape_markdown(require_one_search(cells))}"]
     for name, column in (("code version", "code_versions"), ("data digest", "data_digests")):
         values = sorted({value for of_cell in cells[column] for value in of_cell})
         if values:
             origin.append(f"{name} {', '.join(escape_markdown(value) for value in values)}")
-    parts = [
-        f"# {escape_markdown(experiment)}",
-        "## Accuracy over overlap",
-        overlap_table(cells).rstrip(),
-        "## Behind the numbers",
-        details_table(cells).rstrip(),
-        "; ".join(origin) + ".",
-    ]
-    return "\n\n".join(parts) + "\n"
+    sections = {
+        "Accuracy over overlap": overlap_table(cells),
+        "Behind the numbers": details_table(cells),
+        "Differences between methods": differences_table(cells),
+    }
+    parts = [f"## {title}\n\n{table.rstrip()}" for title, table in sections.items() if table]
+    return "\n\n".join([f"# {escape_markdown(experiment)}", *parts, "; ".join(origin) + "."]) + "\n"
+
+
+def pair_name(teacher: object, student: object) -> str:
+    """Names a teacher and a student together; a student that has no teacher stands alone."""
+    return str(student) if teacher == NO_TEACHER else f"{teacher} → {student}"
 
 
 def require_one_search(cells: pd.DataFrame) -> str:
@@ -128,12 +162,18 @@ def require_one_search(cells: pd.DataFrame) -> str:
     return keys[0]
 
 
-def _by_overlap(cells: pd.DataFrame, prefix: str) -> dict[float, str]:
-    texts = {}
-    for _, cell in cells.iterrows():
-        num_seeds = len(cell[f"{prefix}test_accuracy"])
-        texts[float(cell["overlap"])] = mean_with_interval(cell[f"{prefix}mean"], cell[f"{prefix}ci95"], num_seeds)
-    return texts
+def _accuracy_by_overlap(cells: pd.DataFrame) -> dict[float, str]:
+    return {
+        cell["overlap"]: mean_with_interval(cell["mean"], cell["ci95"], len(cell["test_accuracy"]))
+        for _, cell in cells.iterrows()
+    }
+
+
+def _difference_by_overlap(pairs: pd.DataFrame) -> dict[float, str]:
+    return {
+        pair["overlap"]: mean_with_interval(pair["mean"], pair["ci95"], pair["num_pairs"], signed=True)
+        for _, pair in pairs.iterrows()
+    }
 
 
 def _overlap_text(overlap: float) -> str:

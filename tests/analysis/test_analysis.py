@@ -11,16 +11,18 @@ import pytest
 from analysis.plots import accuracy_over_overlap, save_figure
 from analysis.report import app
 from analysis.runs import ALL_SEARCHES, fetch_runs
-from analysis.summary import summarise
-from analysis.tables import details_table, escape_markdown, mean_with_interval, overlap_table
+from analysis.summary import SHORT_VANILLA, summarise
+from analysis.tables import details_table, differences_table, mean_with_interval, overlap_table
 from refilled.command import run_app
 from refilled.errors import UserError
 from tune.tracking.tracker import Tracker, resolve_tracking_uri
 
 REPORT = Path(__file__).parents[2] / "analysis" / "report.py"
-FILES = ["accuracy_over_overlap.pdf", "accuracy_over_overlap.png", "cells.csv", "overlap_table.md"]
-METHOD_TESTS = {0.0: [0.70, 0.72, 0.74], 0.4: [0.80]}
-BASELINE_TESTS = {0.0: [0.69, 0.70, 0.68], 0.4: [0.79]}
+FILES = ["accuracy_over_overlap.pdf", "accuracy_over_overlap.png", "cells.csv", "differences.csv", "overlap_table.md"]
+TESTS = {
+    "refilled": {0.0: [0.70, 0.72, 0.74], 0.4: [0.80]},
+    "student": {0.0: [0.69, 0.70, 0.68], 0.4: [0.79]},
+}
 
 
 class Search:
@@ -32,9 +34,8 @@ class Search:
     def run(self, status="FINISHED", val=None, test=None, **tags):
         self.count += 1
         key = f"run-{self.count}"
-        if tags["role"] != "method":
-            tags = {"teacher": "none"} | tags
-        tags = {"teacher": "big|net", "student": "small", "method": "refilled"} | tags
+        tags = {"role": "method", "student": "small", "method": "refilled"} | tags
+        tags = {"teacher": "none" if tags["method"] == "student" else "big|net"} | tags
         tags |= {"search_key": self.folder.name, "code_version": "abc", "data_digest": "d1"}
         tags["cell"] = f"{tags['overlap']}-{tags['teacher']}-{tags['student']}"
         params = {"embedding": {"temperature": 4.0}, "classifier": {"distill_weight": None}}
@@ -49,20 +50,18 @@ def write_search(tracker, key, folder):
     tracker.start_search(key, name=key, params={}, tags={"kind": "search"})
     search = Search(tracker, folder)
     for overlap in (0.0, 0.4):
-        cell = {"overlap": overlap, "role": "method"}
-        search.run(kind="trial", trial=0, val=0.6, **cell)
-        search.run(kind="trial", trial=1, val=0.75, winner="true", **cell)
-        search.run(kind="trial", trial=2, val=0.95, status="KILLED", **cell)
-        search.run(kind="trial", trial=3, status="FAILED", **cell)
-        for role, results in (("method", METHOD_TESTS), ("baseline", BASELINE_TESTS)):
+        search.run(kind="trial", overlap=overlap, trial=0, val=0.6)
+        search.run(kind="trial", overlap=overlap, trial=1, val=0.75, winner="true")
+        search.run(kind="trial", overlap=overlap, trial=2, val=0.95, status="KILLED")
+        search.run(kind="trial", overlap=overlap, trial=3, status="FAILED")
+        for method, results in TESTS.items():
             for seed, accuracy in enumerate(results[overlap]):
-                search.run(kind="refit", overlap=overlap, role=role, seed=seed, test=accuracy)
-    search.run(kind="trial", overlap=0.0, role="baseline", trial=0, val=0.9, winner="true")
-    search.run(kind="refit", overlap=0.0, role="baseline_short", seed=0, test=0.5)
-    search.run(kind="refit", overlap=0.0, role="method", seed=7, test=0.1, status="KILLED")
-    search.run(kind="refit", overlap=0.0, role="method", seed=8)
-    # The same student at another size has a baseline of its own.
-    search.run(kind="refit", overlap=0.0, role="baseline", student="tiny", seed=0, test=0.2)
+                search.run(kind="refit", overlap=overlap, method=method, seed=seed, test=accuracy)
+    search.run(kind="trial", overlap=0.0, method="student", trial=0, val=0.9, winner="true")
+    search.run(kind="refit", overlap=0.0, method="student", role="baseline_short", seed=0, test=0.5)
+    search.run(kind="refit", overlap=0.0, seed=7, test=0.1, status="KILLED")
+    search.run(kind="refit", overlap=0.0, seed=8)
+    search.run(kind="teacher", overlap=0.0, student="tiny", seed=0, test=0.3)  # neither a trial nor a refit
     tracker.finish_search(status="FINISHED")
 
 
@@ -73,7 +72,7 @@ def uri(tmp_path_factory):
     uri = resolve_tracking_uri(None, folder / "runs")
     with Tracker(uri, "exp|1") as tracker:
         tracker.start_search("old", name="old", params={}, tags={"kind": "search"})
-        Search(tracker, folder / "old").run(kind="trial", overlap=0.0, role="method", trial=0, val=0.2)
+        Search(tracker, folder / "old").run(kind="trial", overlap=0.0, trial=0, val=0.2)
         tracker.finish_search(status="FINISHED")
         assert tracker.flush(30)
     with Tracker(uri, "exp|1") as tracker:
@@ -143,18 +142,16 @@ def test_reading_creates_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["other.db"]
 
 
-def test_summarise_one_row_a_cell(cells, runs):
-    assert cells["overlap"].tolist() == [0.0, 0.4]
-    low, high = (row for _, row in cells.iterrows())
-    assert (low["teacher"], low["student"], low["method"]) == ("big|net", "small", "refilled")
+def test_summarise_one_row_a_method_of_a_cell(cells, runs):
+    assert cells["overlap"].tolist() == [0.0, 0.0, 0.0, 0.4, 0.4]
+    assert cells["method"].tolist() == ["student", SHORT_VANILLA, "refilled", "student", "refilled"]
+    assert set(zip(cells["teacher"], cells["student"], strict=True)) == {("big|net", "small")}
+    student, short, low, _, high = (row for _, row in cells.iterrows())
     assert low["val_accuracy"] == 0.75
     assert low["test_accuracy"] == [0.70, 0.72, 0.74]
     assert low["seeds"] == [0, 1, 2]
     assert low["mean"] == pytest.approx(0.72)
     assert low["ci95"] == pytest.approx(0.02 * 2.484138, abs=1e-7)
-    assert low["baseline_test_accuracy"] == [0.69, 0.70, 0.68]
-    assert low["baseline_mean"] == pytest.approx(0.69)
-    assert low["baseline_short_test_accuracy"] == [0.5]
     # Pairs by seed: 0.01, 0.02, 0.06; mean 0.03, standard deviation sqrt(0.0007).
     assert low["num_pairs"] == 3
     assert low["difference_mean"] == pytest.approx(0.03)
@@ -163,29 +160,35 @@ def test_summarise_one_row_a_cell(cells, runs):
     by_id = runs.set_index("run_id")
     assert by_id.loc[low["run_ids"], "kind"].tolist() == ["trial", "refit", "refit", "refit"]
     assert by_id.loc[low["run_ids"][0], "winner"]
-    assert by_id.loc[low["baseline_run_ids"], "test_accuracy"].tolist() == [0.69, 0.70, 0.68]
-    assert (high["mean"], high["baseline_mean"]) == (0.80, 0.79)
+    assert (low["code_versions"], low["data_digests"]) == (["abc"], ["d1"])
+    assert (student["val_accuracy"], student["mean"]) == (0.9, pytest.approx(0.69))
+    assert (student["num_trials"], student["num_pairs"]) == (1, 0)
+    assert by_id.loc[student["run_ids"][1:], "test_accuracy"].tolist() == [0.69, 0.70, 0.68]
+    assert (short["test_accuracy"], short["num_trials"], short["num_pairs"]) == ([0.5], 0, 1)
+    assert short["difference_mean"] == pytest.approx(-0.19)
+    assert math.isnan(short["val_accuracy"])
+    assert high["difference_mean"] == pytest.approx(0.01)
     assert math.isnan(high["ci95"])
     assert math.isnan(high["difference_ci95"])
-    assert (low["code_versions"], low["data_digests"]) == (["abc"], ["d1"])
 
 
 def test_pairs_are_by_seed_and_a_later_refit_replaces_an_earlier_one(runs):
     shuffled = runs.sample(frac=1.0, random_state=0)
-    assert summarise(shuffled)["difference_mean"].tolist() == summarise(runs)["difference_mean"].tolist()
-    refits = (runs["kind"] == "refit") & (runs["overlap"] == 0.4) & (runs["role"] == "method")
+    pd.testing.assert_frame_equal(summarise(shuffled), summarise(runs))
+    refits = (runs["kind"] == "refit") & (runs["overlap"] == 0.4) & (runs["method"] == "refilled")
     again = runs[refits].assign(
         run_id="later", test_accuracy=0.9, start_time=lambda table: table["start_time"] + pd.Timedelta(seconds=1)
     )
     cells = summarise(pd.concat([again, runs], ignore_index=True))
-    assert cells["test_accuracy"].tolist()[1] == [0.9]
-    assert cells["run_ids"].tolist()[1][1:] == ["later"]
+    assert cells["test_accuracy"].tolist()[4] == [0.9]
+    assert cells["run_ids"].tolist()[4][1:] == ["later"]
+    assert cells["difference_mean"].tolist()[4] == pytest.approx(0.11)
 
 
 def test_cells_without_a_finished_refit_stay_visible(runs):
     missing = runs[~((runs["overlap"] == 0.4) & (runs["kind"] == "refit"))]
     cells = summarise(missing)
-    assert cells["test_accuracy"].tolist()[1] == []
+    assert cells["test_accuracy"].tolist()[3] == []
     assert "| 40 % | - | - | - |" in overlap_table(cells)
     with pytest.raises(UserError, match="no finished refit"):
         summarise(runs[runs["kind"] == "trial"])
@@ -196,49 +199,43 @@ def test_cells_without_a_finished_refit_stay_visible(runs):
 def test_overlap_table(cells):
     lines = overlap_table(cells).splitlines()
     assert lines[0] == (
-        r"| overlap | big\|net → small: refilled | big\|net → small: vanilla student "
-        r"| big\|net → small: vanilla student, classifier epochs only |"
+        r"| overlap | big\|net → small: student | big\|net → small: student, classifier epochs only "
+        r"| big\|net → small: refilled |"
     )
-    assert lines[2] == "| 0 % | 72.00 ± 4.97 (n = 3) | 69.00 ± 2.48 (n = 3) | 50.00 (one seed) |"
-    assert lines[3] == "| 40 % | 80.00 (one seed) | 79.00 (one seed) | - |"
-    assert "+3.00 ± 6.57 (n = 3)" in details_table(cells)
-    assert "4 (1, 1)" in details_table(cells)
+    assert lines[2] == "| 0 % | 69.00 ± 2.48 (n = 3) | 50.00 (one seed) | 72.00 ± 4.97 (n = 3) |"
+    assert lines[3] == "| 40 % | 79.00 (one seed) | - | 80.00 (one seed) |"
+    details = details_table(cells)
+    assert "| refilled | 75.00 | 72.00 ± 4.97 (n = 3) | +3.00 ± 6.57 (n = 3) | 4 (1, 1) |" in details
+    assert "| student | 90.00 | 69.00 ± 2.48 (n = 3) | - | 1 (0, 0) |" in details
     assert mean_with_interval(-0.01, 0.002, 2, signed=True) == "-1.00 ± 0.20 (n = 2)"
 
 
 def test_several_searches_are_not_mixed(uri, runs):
     both = fetch_runs(uri, "exp|1", search_key=ALL_SEARCHES)
     cells = summarise(both)
-    assert sorted(cells["search_key"]) == ["new", "new", "old"]
-    for draw in (overlap_table, accuracy_over_overlap):
+    assert cells["search_key"].tolist() == ["new"] * 5 + ["old"]
+    for draw in (overlap_table, differences_table, accuracy_over_overlap):
         with pytest.raises(ValueError, match="one search"):
             draw(cells)
 
 
-def test_names_from_outside_are_escaped(cells):
-    name = "<script>|a_b*\n# `x` [l](u) & $y$ \\"
-    shown = escape_markdown(name)
-    assert shown == r"&lt;script&gt;\|a\_b\* \# \`x\` \[l\]\(u\) &amp; \$y\$ \\"
-    odd = cells.assign(teacher=name, method="$a$ $b")
-    header = overlap_table(odd).splitlines()[0]
-    assert shown in header
-    assert "<script>" not in header
-    short = cells.assign(teacher="$y$\n<b>", method="$a$ $b")
-    axes = accuracy_over_overlap(short).axes[0]
-    assert r"\$y\$ <b>" in axes.get_title()
-
-
 def test_the_figure_carries_the_data(cells, tmp_path):
-    other = cells.assign(student="tiny", mean=[0.5, 0.6])
+    other = cells.assign(student="tiny", mean=[0.5, 0.4, 0.6, 0.5, 0.7])
     figure = accuracy_over_overlap(pd.concat([cells, other], ignore_index=True))
     first, second = figure.axes
     assert (first.get_title(), second.get_title()) == ("big|net → small", "big|net → tiny")
-    method, vanilla = first.containers
-    assert (method.get_label(), vanilla.get_label()) == ("refilled", "vanilla student")
-    assert list(method.lines[0].get_xdata()) == [0.0, 40.0]
+    assert list(first.get_xticks()) == pytest.approx([0.0, 40.0])
+    vanilla, short, method = first.containers
+    assert [line.get_label() for line in first.containers] == ["student", SHORT_VANILLA, "refilled"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["student", SHORT_VANILLA, "refilled"]
+    # Three methods side by side, 4 % of the 40 between ratios apart.
+    assert list(vanilla.lines[0].get_xdata()) == pytest.approx([-1.6, 38.4])
+    assert list(short.lines[0].get_xdata()) == pytest.approx([0.0])
+    assert list(method.lines[0].get_xdata()) == pytest.approx([1.6, 41.6])
     assert list(method.lines[0].get_ydata()) == pytest.approx([72.0, 80.0])
     assert list(vanilla.lines[0].get_ydata()) == pytest.approx([69.0, 79.0])
-    assert list(second.containers[0].lines[0].get_ydata()) == pytest.approx([50.0, 60.0])
+    assert list(second.containers[2].lines[0].get_ydata()) == pytest.approx([60.0, 70.0])
+    assert (vanilla.lines[0].get_linestyle(), method.lines[0].get_linestyle()) == ("--", "-")
     bar = method.lines[2][0].get_segments()[0]
     assert [point[1] for point in bar] == pytest.approx([72.0 - 4.968276, 72.0 + 4.968276], abs=1e-5)
     png, pdf = save_figure(figure, tmp_path / "figure.v1")
@@ -264,9 +261,19 @@ def test_report_command(uri, tmp_path, runs):
     assert text.startswith("# exp\\|1\n")
     assert "Search new; code version abc; data digest d1." in text
     with (out / "cells.csv").open(newline="") as file:
-        low, _ = csv.DictReader(file)
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == ["student", SHORT_VANILLA, "refilled", "student", "refilled"]
+    low = rows[2]
     assert low["test_accuracy"] == "0.7 0.72 0.74"
     assert set(low["run_ids"].split()) <= set(runs["run_id"])
+    with (out / "differences.csv").open(newline="") as file:
+        pairs = [(row["overlap"], row["method"], row["other"], row["num_pairs"]) for row in csv.DictReader(file)]
+    assert pairs == [
+        ("0.0", SHORT_VANILLA, "student", "1"),
+        ("0.0", "refilled", "student", "3"),
+        ("0.0", "refilled", SHORT_VANILLA, "1"),
+        ("0.4", "refilled", "student", "1"),
+    ]
 
 
 @pytest.mark.parametrize(
