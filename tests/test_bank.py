@@ -23,12 +23,12 @@ from refilled.embedding_cache.bank import Bank, bank_for
 from refilled.embedding_cache.rows import META, ROWS, USED, partial_of
 from refilled.embedding_cache.site import bank_pays, epochs_with_teacher
 from refilled.errors import UserError
-from refilled.execution import cache_of, execute, run_folder
-from refilled.storage.run_folder import run_key
+from refilled.execution import cache_of, execute, pretrain_once, run_folder
+from refilled.identity import run_key
 from refilled.storage.store import only_here
 from refilled.storage.tensor_file import load_tensors, save_tensors
 from refilled.tasks.classification import Task, load_task
-from refilled.teacher import FrozenTeacher, pretrain_once, teacher_folder
+from refilled.teacher import FrozenTeacher, teacher_folder
 from refilled.training.compute import Compute
 
 BANK = {"bank.mode": "bank", "teacher_epochs": 2, "epochs": (2, 2)}

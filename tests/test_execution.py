@@ -12,9 +12,9 @@ import refilled
 from refilled.config import RunConfig
 from refilled.errors import UserError
 from refilled.execution import cache_of, execute, refit, run_folder
+from refilled.storage.model_file import load_model
 from refilled.storage.tensor_file import load_tensors, save_tensors
 from refilled.tasks.classification import load_task, load_test_images
-from refilled.teacher import load_model
 from refilled.training.compute import Compute
 from refilled.training.evaluation import accuracy, class_means, first_of_each_class, nearest_mean_accuracy
 
@@ -42,7 +42,7 @@ def test_kept_student_gives_the_recorded_accuracy(digits_run: RunConfig, storage
     folder = run_folder(run, storage)
     task = load_task(run, cache_of(storage))
     test = load_test_images(run, cache_of(storage), task.spaces.student)
-    student = load_model(folder.path / "model.pt", compute)
+    student = load_model(folder.path / "model.pt")
     assert accuracy(student, test, task.normalization, compute) == value
     assert json.loads((folder.path / "classes.json").read_text()) == list(task.spaces.student)
     state = load_tensors(folder.path / "model.pt")
@@ -81,7 +81,7 @@ def test_accuracies_by_counting(digits_run: RunConfig, storage: Path, compute: C
     execute(digits_run, storage, compute)
     task = load_task(digits_run, cache_of(storage))
     assert task.validation is not None
-    student = load_model(run_folder(digits_run, storage).path / "model.pt", compute).eval()
+    student = load_model(run_folder(digits_run, storage).path / "model.pt").eval()
     with torch.no_grad():
         output = student(compute.place_images(task.validation.images, task.normalization))
         everything = student(compute.place_images(task.train.images, task.normalization)).embedding
@@ -107,10 +107,10 @@ def test_damaged_model_file_is_one_sentence(tmp_path: Path, compute: Compute) ->
     path = tmp_path / "model.pt"
     save_tensors(path, {"weights": torch.zeros(3)})
     with pytest.raises(UserError, match=r"model.pt must hold a model that this version wrote"):
-        load_model(path, compute)
+        load_model(path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"model.pt must be a whole file"):
-        load_model(path, compute)
+        load_model(path)
 
 
 class _Trap:
@@ -124,7 +124,7 @@ def test_model_file_executes_nothing(tmp_path: Path, compute: Compute, monkeypat
     monkeypatch.chdir(tmp_path)
     torch.save({"weights": _Trap()}, tmp_path / "model.pt")
     with pytest.raises(UserError, match="must be a whole file of tensors"):
-        load_model(tmp_path / "model.pt", compute)
+        load_model(tmp_path / "model.pt")
     assert not (tmp_path / "trapped").exists()
 
 

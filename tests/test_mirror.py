@@ -18,12 +18,12 @@ from object_store import ObjectStore
 from refilled.config import RunConfig
 from refilled.embedding_cache.rows import ROWS
 from refilled.errors import UserError
-from refilled.execution import execute, refit, run_folder
+from refilled.execution import execute, pretrain_once, refit, run_folder
 from refilled.storage import mirror
 from refilled.storage.mirror import open_storage
 from refilled.storage.store import append_bytes, read_json, write_bytes, write_json
 from refilled.storage.tensor_file import load_tensors
-from refilled.teacher import pretrain_once, teacher_folder
+from refilled.teacher import teacher_folder
 from refilled.training.compute import Compute
 
 

@@ -207,7 +207,7 @@ def test_checkpoints_hold_what_continuing_needs_and_no_teacher(run: RunConfig, i
     assert [len(state["rows"]) for state in (newest, previous)] == [4, 3]
     assert newest["rows"] == folder.rows()[:3] + newest["rows"][3:]
     assert newest["rows"][3]["best_val_accuracy"] >= newest["rows"][3]["val_accuracy"]
-    assert set(newest) == {"rows", "student", "optimizer"}
+    assert set(newest) == {"rows", "student", "terms", "optimizer"}
     teacher = load_tensors(teacher_folder(run, interrupted).path / "model.pt")["weights"]
     size = sum(each.numel() for each in teacher.values())
     assert (folder.path / "checkpoint.pt").stat().st_size < 4 * size  # a float32 each

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from gloo_workers import run_workers
 from PIL import Image
 
-from refilled.config import METHODS_WITH_EMBEDDING_STAGE, RunConfig
+from refilled.config import RunConfig
 from refilled.execution import cache_of, execute, refit, run_folder
 from refilled.models import build_model
 from refilled.presets import smoke
@@ -328,7 +328,7 @@ SETTINGS: dict[str, tuple[Any, bool]] = {
     "split_seed": (1, True),
     "teacher": ("convnet-16", True),
     "student": ("convnet-4", True),
-    "method": ("refilled_emb", False),
+    "method": ("rkd", True),
     "epochs": ((3, 1), True),
     "teacher_epochs": (3, True),
     "global_batch_size": (32, True),
@@ -405,7 +405,9 @@ def base(first: RunConfig) -> RunConfig:
 
 def test_every_setting_is_classified(base: RunConfig) -> None:
     assert list(SETTINGS) == list(base.flat())
-    assert {name: determines_embedding(name) for name in SETTINGS} == {name: SETTINGS[name][1] for name in SETTINGS}
+    assert {name: determines_embedding(name, base) for name in SETTINGS} == {
+        name: SETTINGS[name][1] for name in SETTINGS
+    }
 
 
 @pytest.mark.parametrize("name", [name for name, (_, determines) in SETTINGS.items() if determines])
@@ -434,7 +436,7 @@ def base_classes() -> list[str]:
 
 NOT_DETERMINING = [
     *({name: value} for name, (value, determines) in SETTINGS.items() if not determines),
-    *({"method": method} for method in METHODS_WITH_EMBEDDING_STAGE),
+    *({"method": method} for method in ("refilled_emb", "refilled_minus", "comparison>cross_entropy+lkd")),
     {"epochs": (2, 9)},
 ]
 
@@ -473,8 +475,15 @@ def test_setting_that_is_not_in_the_key_makes_no_other_stage(base: RunConfig, st
         ("unheard_of", True),
     ],
 )
-def test_names_that_are_no_leaves(name: str, expected: bool) -> None:
-    assert determines_embedding(name) is expected
+def test_names_that_are_no_leaves(name: str, expected: bool, base: RunConfig) -> None:
+    assert determines_embedding(name, base) is expected
+
+
+def test_settings_of_terms_determine_the_stage_that_reads_them(base: RunConfig) -> None:
+    run = base.with_overrides({"method": "rkd>cross_entropy+vid"})
+    assert determines_embedding("terms.rkd.angle_ratio", run)
+    assert not determines_embedding("terms.vid.weight", run)
+    assert not determines_embedding("classifier.schedule.kind", run)
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from refilled.config import RunConfig
 from refilled.rehearsal import Steps, some_of
 from refilled.tasks.classification import load_task
 from refilled.timing import StepTimes, measure
-from refilled.training import loop as training
 from refilled.training.compute import Compute
 
 
@@ -53,9 +52,9 @@ def test_what_a_method_does_not_do_takes_no_time(
 def test_the_timed_steps_are_those_of_a_run(
     digits_run: RunConfig, storage: Path, compute: Compute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every kind of step goes through `training._step` with its own batch size, network and teacher."""
+    """Every kind of step goes through `training.step` with its own batch size, network and teacher."""
     seen = set()
-    real = training._step
+    real = rehearsal.step
 
     def spy(learner, stage, optimizer, batch, epoch):  # type: ignore[no-untyped-def]
         teacher = learner.teacher
@@ -63,7 +62,7 @@ def test_the_timed_steps_are_those_of_a_run(
         seen.add((stage.name, kind, learner.config.student, len(batch.image_ids)))
         return real(learner, stage, optimizer, batch, epoch)
 
-    monkeypatch.setattr(training, "_step", spy)
+    monkeypatch.setattr(rehearsal, "step", spy)
     recipe = dataclasses.replace(digits_run.pretraining, global_batch_size=48)
     measured(dataclasses.replace(digits_run, pretraining=recipe, global_batch_size=32), storage, compute)
     assert seen == {

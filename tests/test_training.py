@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from refilled.config import METHODS, RunConfig
-from refilled.execution import cache_of, execute, run_folder
+from refilled.config import RunConfig
+from refilled.execution import cache_of, execute, pretrain_once, run_folder
+from refilled.methods import METHODS
 from refilled.storage.run_folder import run_key
 from refilled.tasks.classification import load_task
-from refilled.teacher import pretrain_once, teacher_folder
+from refilled.teacher import teacher_folder
 from refilled.training.compute import Compute
 
 TIMES = ("images_per_second", "epoch_s")

@@ -174,6 +174,7 @@ def _distinct(is_other: Tensor, image_ids: Tensor, num_negatives: int, seed: int
     key = keyed_uint64(seed, step_key, image_ids[:, None], columns)
     key.masked_fill_(~is_other, torch.iinfo(torch.int64).max)
     last = key.kthvalue(num_negatives, dim=1, keepdim=True).values
+    # `is_other` once more, since one key in 2^64 equals the mark of the own class
     return ((key <= last) & is_other).nonzero()[:, 1].view(-1, num_negatives)
 
 

@@ -11,7 +11,7 @@ costs the same whatever the width of an embedding. With G_ijk = dL_A/dA_ijk, whi
 
     dL_A/dD_ij = 2 Σ_k G_ijk (r_ik - A_ijk r_ij) - D_ij Σ_a G_aij r_ai r_aj,
 
-the first sum with i as the anchor, the second with every a as the anchor of i and j; 0 where D_ij = 0.
+the first sum with i as the anchor, the second with every a as the anchor of i and j.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def relational_distillation(student: Tensor, teacher: Tensor, *, distance_weight
     for name, weight in (("distance_weight", distance_weight), ("angle_weight", angle_weight)):
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"{name} must be finite and at least 0, got {weight!r}.")
-    student_distance: Tensor = _Distances.apply(_centred(student))
-    teacher_distance: Tensor = _Distances.apply(_centred(teacher.detach()))
+    student_distance: Tensor = _Distances.apply(student.double())
+    teacher_distance: Tensor = _Distances.apply(teacher.detach().double())
     # The zero keeps a loss without terms in the graph.
     loss = 0.0 * (student_distance.sum() + teacher_distance.sum())
     if distance_weight > 0:
@@ -83,12 +83,6 @@ def _check(student: Tensor, teacher: Tensor) -> None:
         )
     if student.device.type == "cpu":
         check_finite(student, teacher)
-
-
-def _centred(embedding: Tensor) -> Tensor:
-    """Rows less their mean, float64. Distances do not see the mean, so it is a constant; the gradient's digits do."""
-    rows = embedding.double()
-    return rows - rows.detach().sum(0) / max(len(rows), 1)
 
 
 class _Distances(torch.autograd.Function):
@@ -113,7 +107,7 @@ class _Distances(torch.autograd.Function):
 
 
 def _inverse(distance: Tensor) -> Tensor:
-    """1 / distance, 0 where it is 0; NaN stays NaN."""
+    """1 / distance, 0 where it is 0."""
     return distance.reciprocal().masked_fill(distance == 0, 0.0)
 
 
@@ -130,7 +124,10 @@ def _by_mean(distance: Tensor) -> Tensor:
 
 
 class _AngleTerm(torch.autograd.Function):
-    """L_A of distances [B, B]; its gradient is computed beside its value, chunk by chunk of triplets."""
+    """L_A of distances [B, B]; its gradient is computed beside its value, chunk by chunk of triplets.
+
+    The gradient is as written above at distance 0 too, where `_Distances` drops it.
+    """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, differentiate: bool) -> Tensor:
@@ -147,7 +144,7 @@ class _AngleTerm(torch.autograd.Function):
             total += torch.dot(slope.flatten(), gap.add_(slope, alpha=-0.5).flatten())
             if differentiate:
                 near = inverse[anchors, rows]
-                through_sides = (slope @ inverse[anchors, :, None]).squeeze(2).masked_fill_(near == 0, 0.0)
+                through_sides = (slope @ inverse[anchors, :, None]).squeeze(2)
                 by_anchor[anchors, rows] += through_sides - near * cosine.mul_(slope).sum(2)
                 by_pair[rows] += slope.mul_(near[:, :, None]).mul_(inverse[anchors, None, :]).sum(0)
         num_triplets = max(num_images, 1) ** 3

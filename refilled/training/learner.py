@@ -9,7 +9,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from refilled import distributed
+from refilled import batch_norm, distributed
 from refilled.config import RunConfig
 from refilled.data.views import Views
 from refilled.keyed import derive_seed
@@ -81,7 +81,7 @@ def make_learner(config: RunConfig, task: Task, teacher: LoadedTeacher | None, c
         sources=config.sources,
     )
     if distributed.world_size() > 1:
-        distributed.convert_batch_norm(student)
+        batch_norm.convert_batch_norm(student)
     student = compute.place_model(student)
     return Learner(
         config=config,
@@ -116,7 +116,7 @@ def begin_stage(learner: Learner, stage: Stage) -> None:
         initialise(term, seed)
         terms.append(term)
     if distributed.world_size() > 1:
-        distributed.convert_batch_norm(terms)
+        batch_norm.convert_batch_norm(terms)
     learner.terms = compute.place_model(terms).train()
     if config.compile:
         for term in learner.present_terms:

@@ -25,13 +25,14 @@ import torch
 from bench_step import NUM_CLASSES, random_task
 from machine import machine_line
 
-from refilled.methods import stages_of
+from refilled.methods import METHODS
 from refilled.models import build_model
 from refilled.presets import cifar100
+from refilled.stages import stages_of
 from refilled.teacher import FrozenTeacher
 from refilled.training import loop as training
 from refilled.training.compute import Compute
-from refilled.training.optim import build_optimizer
+from refilled.training.learner import begin_stage, make_learner, optimizer_of
 
 
 class Stopwatch:
@@ -73,7 +74,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="wrn-16-1")
-    parser.add_argument("--method", default="student", choices=("student", "refilled"))
+    parser.add_argument("--method", default="student", choices=tuple(METHODS))
     parser.add_argument("--images", type=int, default=25_000)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--precision", default="bfloat16", choices=("bfloat16", "float32"))
@@ -94,10 +95,11 @@ def main() -> None:
     print(f"{'epoch s':>8} {'forward':>8} {'backward':>8} {'optimiser':>9} {'outside':>8} {'share':>7}")
     for epoch in range(arguments.epochs):
         watch = Stopwatch(compute.device)
-        learner = training._make_learner(run, task, teacher, compute)
+        learner = make_learner(run, task, teacher, compute)
         learner.trained = watch.wrap("forward", learner.trained)
         stage = stages_of(run)[0]
-        optimizer = build_optimizer(training._parameters(learner.student, stage), run.optimizer)
+        begin_stage(learner, stage)
+        optimizer = optimizer_of(learner, stage)
         optimizer.step = watch.wrap("optimiser", optimizer.step)  # type: ignore[method-assign]
         with timed_backward(watch):
             row = training._epoch(learner, stage, optimizer, epoch, 0, previous={})

@@ -41,13 +41,14 @@ from torch import Tensor
 
 from refilled.config import RunConfig
 from refilled.data.batches import epoch_batches
-from refilled.methods import embedding_loss, stages_of
 from refilled.models import build_model
 from refilled.presets import cifar100
+from refilled.stages import stages_of
 from refilled.teacher import FrozenTeacher
-from refilled.training import loop as training
+from refilled.terms import GlobalBatch
 from refilled.training.compute import Compute
-from refilled.training.optim import build_optimizer
+from refilled.training.learner import begin_stage, make_learner, optimizer_of
+from refilled.training.step import step
 
 FLOAT32 = Compute(torch.device("cpu"), "float32")
 CALLS = ("all_reduce", "all_gather", "broadcast")
@@ -83,9 +84,10 @@ def steps(run: RunConfig, batch_size: int, num_steps: int) -> dict[str, float]:
     task = random_task(batch_size * num_steps)
     model = FLOAT32.place_model(build_model("wrn-10-1", num_classes=50, in_channels=3, image_size=32, seed=1))
     teacher = FrozenTeacher(model, torch.randn(NUM_CLASSES, model.embedding_dim), FLOAT32, torch.float32, "noise")
-    learner = training._make_learner(run, task, teacher, FLOAT32)
+    learner = make_learner(run, task, teacher, FLOAT32)
     stage = stages_of(run)[0]
-    optimizer = build_optimizer(training._parameters(learner.student, stage), run.optimizer)
+    begin_stage(learner, stage)
+    optimizer = optimizer_of(learner, stage)
     world = {"rank": dist.get_rank(), "world_size": dist.get_world_size()} if dist.is_initialized() else {}
     learner.student.train()
     traffic, times = Traffic(), []
@@ -98,7 +100,7 @@ def steps(run: RunConfig, batch_size: int, num_steps: int) -> dict[str, float]:
             if number == 2:  # the first two are warm-up
                 traffic.seconds, traffic.calls, traffic.num_bytes = 0.0, 0, 0
             started_s = time.perf_counter()
-            training._step(learner, stage, optimizer, batch, epoch=0)
+            step(learner, stage, optimizer, batch, epoch=0)
             times.append(time.perf_counter() - started_s)
     finally:
         for name, function in plain.items():
@@ -115,13 +117,25 @@ def steps(run: RunConfig, batch_size: int, num_steps: int) -> dict[str, float]:
 def loss_s(run: RunConfig, batch_size: int) -> float:
     """Median seconds of the global batch's loss, forward and backward."""
     task = random_task(batch_size)
-    student, teacher = torch.randn(batch_size, 64, requires_grad=True), torch.randn(batch_size, 64)
+    rows = {
+        "embedding": torch.randn(batch_size, 64, requires_grad=True),
+        "teacher_embedding": torch.randn(batch_size, 64),
+    }
     labels = task.train.labels
-    largest = int(torch.bincount(labels).max())
+    batch = GlobalBatch(
+        image_ids=torch.arange(batch_size),
+        labels=labels,
+        classes=labels.unique(),
+        largest_class=int(torch.bincount(labels).max()),
+        epoch=0,
+    )
+    learner = make_learner(run, task, None, FLOAT32)
+    begin_stage(learner, stages_of(run)[0])
+    (term,) = learner.present_terms
     times = []
     for _ in range(7):
         started_s = time.perf_counter()
-        embedding_loss(run.embedding, student, teacher, labels, largest).backward()  # type: ignore[no-untyped-call]
+        term.loss(rows, batch).backward()  # type: ignore[no-untyped-call]
         times.append(time.perf_counter() - started_s)
     return statistics.median(times)
 

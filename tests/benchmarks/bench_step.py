@@ -39,14 +39,14 @@ from refilled.data.batches import Batch, epoch_batches
 from refilled.data.images import make_image_set
 from refilled.data.label_space import LabelSpaces
 from refilled.embedding_cache.bank import bank_for
-from refilled.methods import stages_of
 from refilled.models import build_model
 from refilled.presets import CIFAR_STUDENTS, cifar100
+from refilled.stages import stages_of
 from refilled.tasks.classification import Normalization, Task
 from refilled.teacher import FrozenTeacher
-from refilled.training import loop as training
 from refilled.training.compute import Compute
-from refilled.training.optim import build_optimizer
+from refilled.training.learner import begin_stage, make_learner, optimizer_of
+from refilled.training.step import step
 
 NUM_CLASSES = 50
 
@@ -83,15 +83,15 @@ class Case:
     """One way of doing a step, with a student and an optimiser of its own."""
 
     def __init__(self, run: RunConfig, task: Task, teacher: FrozenTeacher | None, compute: Compute, stage: str) -> None:
-        self._learner = training._make_learner(run, task, teacher, compute)
+        self._learner = make_learner(run, task, teacher, compute)
         self._stage = next(each for each in stages_of(run) if each.name == stage)
-        parameters = training._parameters(self._learner.student, self._stage)
-        self._optimizer = build_optimizer(parameters, run.optimizer)
+        begin_stage(self._learner, self._stage)
+        self._optimizer = optimizer_of(self._learner, self._stage)
         self._learner.student.train()
 
     def step(self, batch: Batch) -> None:
-        """The step of `refilled.training.loop`."""
-        training._step(self._learner, self._stage, self._optimizer, batch, epoch=0)
+        """The step of `refilled.training.step`."""
+        step(self._learner, self._stage, self._optimizer, batch, epoch=0)
 
 
 def timed_s(action: Callable[[], object], device: torch.device) -> float:
@@ -107,14 +107,14 @@ def timed_s(action: Callable[[], object], device: torch.device) -> float:
 
 def with_triplets(case: Case, batch: Batch) -> None:
     """A step whose matching loss is the plain triplet form."""
-    import refilled.methods
+    from refilled.terms import comparison
 
-    exact = refilled.methods.comparison_matching
-    refilled.methods.comparison_matching = triplet_matching  # type: ignore[assignment]
+    exact = comparison.comparison_matching
+    comparison.comparison_matching = triplet_matching  # type: ignore[assignment]
     try:
         case.step(batch)
     finally:
-        refilled.methods.comparison_matching = exact
+        comparison.comparison_matching = exact
 
 
 def bench(student: str, arguments: argparse.Namespace, storage: Path) -> None:
@@ -149,12 +149,12 @@ def bench(student: str, arguments: argparse.Namespace, storage: Path) -> None:
     triplets = Case(run, task, live, compute, "embedding")
     cases["triplets live"] = lambda batch: with_triplets(triplets, batch)
     batch = next(iter(epoch_batches(task.train.labels, global_batch_size=arguments.batch, seed=0, epoch=0)))
-    for step in cases.values():
-        step(batch)  # warm up
+    for action in cases.values():
+        action(batch)  # warm up
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(arguments.rounds):
-        for name, step in cases.items():
-            times[name].append(timed_s(functools.partial(step, batch), compute.device))
+        for name, action in cases.items():
+            times[name].append(timed_s(functools.partial(action, batch), compute.device))
     for name, seconds in times.items():
         ratios = sorted(each / base for each, base in zip(seconds, times["vanilla"], strict=True))
         print(

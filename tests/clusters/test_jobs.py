@@ -88,7 +88,7 @@ def test_a_job_runs_that_copy_where_the_package_is_not_installed(head: JobHead, 
     )
     assert "No module named 'refilled'" in alone.stderr
     (unpacked,) = head.unpacked
-    assert list(unpacked.glob("tune/__pycache__/worker.*.pyc"))  # it was imported there
+    assert list(unpacked.glob("tune/backend/__pycache__/worker.*.pyc"))  # it was imported there
 
 
 def test_the_same_job_again_repeats_nothing(head: JobHead, finished: Finished) -> None:

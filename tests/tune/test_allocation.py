@@ -1,4 +1,5 @@
 import math
+import random
 import time
 
 import optuna
@@ -81,28 +82,124 @@ def test_nobody_idles_for_a_neighbour_that_is_not_done(memory):
     assert (late["cell"], late["origin"]) == ("b", "transfer")
 
 
-def test_extra_trials_go_to_the_least_certain_winner_and_to_the_vanilla_student_beside_it_first(memory):
+def test_extra_trials_go_to_the_group_of_the_least_certain_winner_and_to_all_of_it(memory):
     plans = [
-        plan("clear", num_trials=8, baseline="clear student"),
-        plan("close", num_trials=8, baseline="close student"),
-        plan("clear student", num_trials=8),
-        plan("close student", num_trials=8),
+        plan("clear", num_trials=8, group="clear"),
+        plan("close", num_trials=8, group="close"),
+        plan("clear student", num_trials=8, group="clear"),
+        plan("close student", num_trials=8, group="close"),
     ]
     searcher = StudySearcher(plans, memory, Rules(transfer=False), Budget(adaptive_share=0.25))
+    order = order_of(searcher, close_in("close"))
+    assert len(order) == 32
+    assert sorted(order[:24]) == sorted(each.key for each in plans for _ in range(6))
+    assert order[24:26] == ["close", "close student"]
+    counts = {each.key: order.count(each.key) for each in plans}
+    assert counts["close"] == counts["close student"] > counts["clear"] == counts["clear student"]
+
+
+def close_in(key):
+    """Values among which the winner is clear, but for those of one study."""
 
     def value(each):
-        if each["cell"] == "close":
+        if each["cell"] == key:
             return 0.7 + 1e-4 * each["number"]
         return 0.3 + 0.1 * min(each["number"], 5) - 0.1 * max(0, each["number"] - 5)
 
-    order = order_of(searcher, value)
-    assert len(order) == 32
-    assert sorted(order[:24]) == sorted(each.key for each in plans for _ in range(6))
-    assert order[24:26] == ["close student", "close"]
-    counts = {each.key: order.count(each.key) for each in plans}
-    assert counts["close"] > counts["clear"]
-    assert counts["close"] <= counts["close student"]
-    assert counts["clear"] <= counts["clear student"]
+    return value
+
+
+def run_side_by_side(searcher, value_of, *, slots=1, seed=0, fails=()):
+    """Run to the end, up to `slots` trials at once, which end in a drawn order; returns the cells as they started.
+
+    Trials named in `fails`, by cell and number, fail.
+    """
+    draws, running, started = random.Random(seed), {}, []
+    for _ in range(1000):
+        while len(running) < slots and isinstance(suggestion := searcher.suggest(str(len(started))), dict):
+            running[str(len(started))] = suggestion
+            started.append(suggestion["cell"])
+        if not running:
+            assert searcher.suggest("end") == Searcher.FINISHED
+            return started
+        trial_id = draws.choice(sorted(running))
+        each = running.pop(trial_id)
+        is_bad = (each["cell"], each["number"]) in fails
+        for epoch in range(1, EPOCHS):
+            searcher.on_trial_result(trial_id, last_row(value_of(each)) | {"epoch": epoch, "finished": False})
+        searcher.on_trial_complete(trial_id, None if is_bad else last_row(value_of(each)), error=is_bad)
+    raise AssertionError("the search did not end")
+
+
+def two_groups(num_trials=8):
+    """Three methods in each of two cells of a grid."""
+    names = [(group, method) for group in ("x", "y") for method in ("student", "refilled", "rkd")]
+    return [plan(f"{group} {method}", num_trials=num_trials, group=group) for group, method in names]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.parametrize("fails", [(), (("y rkd", 7), ("x student", 1), ("y student", 6))])
+def test_studies_of_a_group_end_with_as_many_trials_each(memory, deterministic, slots, fails):
+    rules = Rules(transfer=False, deterministic=deterministic, sampler="random")
+    searcher = StudySearcher(two_groups(), memory, rules, Budget(adaptive_share=0.25))
+    started = run_side_by_side(searcher, close_in("y rkd"), slots=slots, seed=slots, fails=fails)
+    assert len(started) == 6 * 8 + len(fails)
+    counts = {each.key: searcher.counts(each.key) for each in two_groups()}
+    assert sum(each.failed for each in counts.values()) == len(fails)
+    done = {key: each.done for key, each in counts.items()}
+    assert len({done[f"x {method}"] for method in ("student", "refilled", "rkd")}) == 1
+    assert len({done[f"y {method}"] for method in ("student", "refilled", "rkd")}) == 1
+    assert sum(done.values()) == 6 * 8
+    assert done["y rkd"] > done["x rkd"] >= 6
+
+
+def test_groups_of_different_sizes_are_level_in_deterministic_rounds(memory):
+    """Half of what is left is given out in a round, but never a part of a group's share."""
+    plans = [*two_groups(), plan("z student", num_trials=8, group="z"), plan("z kd", num_trials=8, group="z")]
+    rules = Rules(transfer=False, deterministic=True, sampler="random", generation=1)
+    searcher = StudySearcher(plans, memory, rules, Budget(adaptive_share=0.25))
+    run_side_by_side(searcher, close_in("z kd"), slots=3)
+    rounds = optuna.load_study(study_name=plans[0].name, storage=memory).user_attrs["rounds"]
+    assert len(rounds) > 1
+    for allowed in [*rounds, {each.key: searcher.counts(each.key).done for each in plans}]:
+        for group in "xyz":
+            assert len({count for key, count in allowed.items() if key[0] == group}) == 1
+    assert rounds[0]["z kd"] > rounds[0]["x rkd"] == rounds[0]["y rkd"]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_round_of_a_group_begins_only_with_room_for_all_of_it(memory, deterministic):
+    plans = [plan(key, group="all") for key in ("student", "refilled", "rkd")]
+    for trials in range(6, 14):
+        storage = optuna.storages.InMemoryStorage()
+        rules = Rules(transfer=False, deterministic=deterministic, sampler="random", pruner="none")
+        budget = Budget(max_epochs_total=trials * EPOCHS, adaptive_share=0.25)
+        searcher = StudySearcher(plans, storage, rules, budget)
+        run_side_by_side(searcher, lambda each: 0.5, slots=2)
+        assert [searcher.counts(each.key).done for each in plans] == [min(4, trials // 3)] * 3
+
+
+def test_a_study_that_gave_up_holds_its_group_back_no_longer(memory):
+    plans = [plan(key, num_trials=8, group="all") for key in ("student", "refilled", "bad")]
+    searcher = StudySearcher(plans, memory, Rules(transfer=False), Budget(adaptive_share=0.25))
+    run_side_by_side(searcher, lambda each: 0.5, slots=2, fails={("bad", number) for number in range(1, 40)})
+    assert searcher.gave_up("bad")
+    assert [searcher.counts(key).done for key in ("student", "refilled")] == [8, 8]
+
+
+def test_no_round_of_a_group_begins_where_one_of_it_would_miss_the_deadline(memory):
+    """Else the quick methods of a cell would be searched longer than the slow one."""
+    plans = [plan(key, num_trials=8, group="all") for key in ("slow", "quick")]
+    budget = Budget(adaptive_share=0.25, deadline_s=time.monotonic() + 1000)
+    searcher = StudySearcher(plans, memory, Rules(transfer=False), budget)
+    for index in range(12):
+        suggestion = searcher.suggest(str(index))
+        # All is quick up to the last trial of the equal share, which says that another would take too long.
+        is_last = (suggestion["cell"], suggestion["number"]) == ("slow", 5)
+        searcher.on_trial_complete(str(index), last_row(0.5, seconds=7200.0 if is_last else 0.1))
+    assert [searcher.counts(key).done for key in ("slow", "quick")] == [6, 6]
+    assert searcher.suggest("extra") == Searcher.FINISHED
 
 
 def test_a_cell_that_gives_up_leaves_its_trials_to_nobody(memory):

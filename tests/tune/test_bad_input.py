@@ -119,8 +119,9 @@ def test_whole_files_of_that_kind_are_accepted(tmp_path: Path) -> None:
         write_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet")
     run = SearchConfig().run.with_overrides({"data": f"parquet:{tmp_path / 'data'}", "val_fraction": 0.5})
     plan = make_plan(SearchConfig(run=run, overlaps=(0.0, 0.5), storage=str(tmp_path / "storage")))
-    assert [cell.spaces.student for cell in plan.cells] == [("c", "d"), ("b", "c")]
-    assert [(cell.role, cell.teacher) for cell in plan.baselines] == [("baseline", "none")] * 2
+    assert [(cell.method, cell.teacher) for cell in plan.cells] == [("student", "none"), ("refilled", "convnet-32")] * 2
+    assert [plan.at(place)["refilled"].spaces.student for place in plan.places] == [("c", "d"), ("b", "c")]
+    assert [plan.at(place)["student"].spaces.student for place in plan.places] == [("c", "d"), ("b", "c")]
 
 
 def test_trial_that_can_never_fit_is_refused_with_the_numbers(
@@ -165,7 +166,7 @@ def test_help_lists_every_setting_with_default_and_equation(
     monkeypatch.setenv("COLUMNS", "200")  # narrow terminals break long flags
     assert search_module.command(["cifar100", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    flags = {name.removeprefix("run.") for name in SearchConfig().flat()} - {"overlap", "teacher", "student"}
+    flags = {name.removeprefix("run.") for name in SearchConfig().flat()} - {"overlap", "teacher", "student", "method"}
     compact = text.replace(" ", "")
     for flag in flags:
         assert f"--{flag.replace('_', '-')}" in compact

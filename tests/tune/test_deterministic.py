@@ -28,7 +28,8 @@ def plans(num_trials=8):
     def one(key, **more):
         return StudyPlan(key=key, name=f"s-{key}", run=run, num_trials=num_trials, num_epochs=sum(EPOCHS), **more)
 
-    return [one("a", baseline="c"), one("b", donors=("a",), baseline="d"), one("c"), one("d", donors=("c",))]
+    first = [one("a", group="x"), one("b", group="y", donors=("a",))]
+    return [*first, one("c", group="x"), one("d", group="y", donors=("c",))]
 
 
 def value_of(suggestion, epoch):
@@ -120,7 +121,9 @@ def test_the_search_is_worth_comparing(undisturbed):
     assert set(states) == {"COMPLETE", "PRUNED"}
     assert len(states) == 4 * 8
     assert any(trial[-1] == "transfer" for trial in undisturbed["d"])
-    assert {key: len(trials) for key, trials in undisturbed.items()} != dict.fromkeys("abcd", 8)  # some got more
+    counts = {key: len(trials) for key, trials in undisturbed.items()}
+    assert counts != dict.fromkeys("abcd", 8)  # some got more
+    assert (counts["a"], counts["b"]) == (counts["c"], counts["d"])  # but never one of a group alone
 
 
 @pytest.mark.parametrize(("slots", "seed"), [(1, 1), (2, 2), (3, 3), (7, 4)])

@@ -53,16 +53,17 @@ def planned(storage: Path, **changes: Any) -> Plan:
 
 
 def timings(plan: Plan, worker_start_s: float = 0.0) -> Timings:
-    return Timings({kind_of(cell): TIMES for cell in plan.all_cells}, worker_start_s, took_s=0.0)
+    return Timings({kind_of(cell): TIMES for cell in plan.cells}, worker_start_s, took_s=0.0)
 
 
 def test_a_trial_is_the_sum_of_its_parts(tmp_path: Path) -> None:
     plan = planned(tmp_path)
     workload = Workload(plan, resources(), timings(plan))
-    train, validation, means_of = workload._images(plan.cells[0])
+    student, refilled = plan.cells
+    train, validation, means_of = workload._images(refilled)
     assert (train + validation, means_of) == (676, 5 * 50)
     steps = -(-train // 64)
-    method = workload.trial(plan.cells[0])
+    method = workload.trial(refilled)
     beside_s = TIMES.epoch_s + 0.012
     ncm_s = (validation + means_of) * TIMES.nearest_mean_s + beside_s
     own_s = validation * TIMES.accuracy_s + beside_s
@@ -72,15 +73,42 @@ def test_a_trial_is_the_sum_of_its_parts(tmp_path: Path) -> None:
     assert method.fixed_s == pytest.approx(TIMES.run_s + TRIAL_S)
     assert method.prototypes_s == pytest.approx(train * TIMES.teacher_s)
     assert method.bank_s == pytest.approx(9 * train * TIMES.teacher_s)  # 4 trials of 6 epochs ask more than 9 views
-    vanilla = workload.trial(plan.baselines[0])
+    vanilla = workload.trial(student)
     assert vanilla.shares is None
     assert [epochs for epochs, _, _ in vanilla.stages] == [6]
+
+
+def test_a_method_that_needs_feature_maps_runs_the_teacher_in_every_step(tmp_path: Path) -> None:
+    plan = planned(tmp_path, methods=("student", "at"), trials=100)
+    workload = Workload(plan, resources(), timings(plan))
+    work = workload.trial(plan.cells[1])
+    train, validation, _ = workload._images(plan.cells[1])
+    epoch_s = -(-train // 64) * 0.008 + validation * TIMES.accuracy_s + TIMES.epoch_s + 0.012
+    assert work.stages == (pytest.approx((6, epoch_s, epoch_s)),)
+    assert work.bank_s is None
+
+
+def test_networks_of_the_users_are_forecast(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_NETWORK)
+    name = f"{tmp_path}/own.py:small"
+    plan = planned(tmp_path, teachers=(name,), students=(name,))
+    work = Workload(plan, resources(), timings(plan)).trial(plan.cells[1])
+    assert work.bank_s is not None
+
+
+OWN_NETWORK = """
+from refilled.models import build_model
+
+def small(num_classes, in_channels, image_size, dropout):
+    shape = {"in_channels": in_channels, "image_size": image_size}
+    return build_model("convnet-8", num_classes=num_classes, dropout=dropout, seed=0, **shape)
+"""
 
 
 def test_a_bank_is_built_where_the_search_would_build_it(tmp_path: Path) -> None:
     def bank_s(trials: int, **bank: Any) -> float | None:
         plan = planned(tmp_path, trials=trials, run={"bank": BankConfig(**bank)})
-        return Workload(plan, resources(), timings(plan)).trial(plan.cells[0]).bank_s
+        return Workload(plan, resources(), timings(plan)).trial(plan.cells[-1]).bank_s
 
     assert bank_s(1) is None  # 6 epochs ask the teacher less often than 9 views
     assert bank_s(2) is not None
@@ -93,7 +121,7 @@ def test_teachers_that_are_there_and_epochs_that_are_done_do_not_count(tmp_path:
     plan = planned(tmp_path, overlaps=(0.0, 1.0), teachers=("convnet-8", "convnet-16"))
     workload = Workload(plan, resources(), timings(plan))
     assert [work.num_epochs for work in workload.teachers(on_all=False)] == [5, 5]  # one for both overlaps
-    folder = teacher_folder(plan.cells[0].run, plan.storage)
+    folder = teacher_folder(plan.cells[1].run, plan.storage)  # of the first one
     folder.path.mkdir(parents=True)
     for epoch in (1, 2):
         RunFolder(folder.path).append_row({"epoch": epoch})
@@ -111,10 +139,13 @@ def test_refits_are_of_winner_vanilla_and_short_vanilla_and_shared_by_teachers(t
     assert sorted(work.num_epochs for work in works) == [4, 4, 6, 6, 6, 6, 6, 6]  # 2 seeds; 4 of the two methods
     steps = -(-676 // 64)
     short = next(work for work in works if work.num_epochs == 4)
-    assert short.stages == (pytest.approx((4, steps * 0.004 + 0.032, steps * 0.004 + 0.032)),)  # no validation
+    epoch_s = steps * 0.008 + 0.032  # no validation; without a teacher a step is timed as it is, bank or not
+    assert short.stages == (pytest.approx((4, epoch_s, epoch_s)),)
     assert short.fixed_s == pytest.approx(TIMES.run_s + JOB_S + TEST_SHARE * 676 * TIMES.accuracy_s)
-    alone = planned(tmp_path, run={"method": "student"})
-    assert [work.num_epochs for work in Workload(alone, resources(), timings(alone)).refits()] == [4, 4]
+    alone = planned(tmp_path, methods=("student",))
+    assert [work.num_epochs for work in Workload(alone, resources(), timings(alone)).refits()] == [6, 6]
+    beside = planned(tmp_path, methods=("student", "kd"))  # whose one stage is no shorter
+    assert [work.num_epochs for work in Workload(beside, resources(), timings(beside)).refits()] == [6, 6, 6, 6]
 
 
 def test_phases_add_up_to_the_hours_and_the_cost(tmp_path: Path) -> None:
@@ -124,7 +155,7 @@ def test_phases_add_up_to_the_hours_and_the_cost(tmp_path: Path) -> None:
     workload = Workload(plan, resources(), timings(plan))
     (teacher,) = workload.teachers(on_all=False)
     assert 3600 * found.hours["teachers"] == pytest.approx(3.0 + teacher.fixed_s + teacher.epochs_s(5, looked_up=False))
-    method, vanilla = (workload.trial(cell) for cell in plan.all_cells)
+    vanilla, method = (workload.trial(cell) for cell in plan.cells)
     trials_s = 4 * (method.fixed_s + method.epochs_s(6, looked_up=True))
     trials_s += 4 * (vanilla.fixed_s + vanilla.epochs_s(6, looked_up=True))
     assert method.bank_s is not None
@@ -133,8 +164,8 @@ def test_phases_add_up_to_the_hours_and_the_cost(tmp_path: Path) -> None:
     refits_s = 3600 * found.hours["refits"] - END_S
     assert refits_s == pytest.approx(
         sum(work.fixed_s + work.epochs_s(work.num_epochs, looked_up=True) for work in workload.refits())
-        + workload.refits()[0].prototypes_s
-        + (workload.refits()[0].bank_s or 0.0)
+        + workload.refits()[-1].prototypes_s
+        + (workload.refits()[-1].bank_s or 0.0)
     )
     assert 3600 * found.hours["start"] == START_S
     assert found.total_hours == pytest.approx(sum(found.hours.values()))
@@ -173,7 +204,7 @@ def test_limits_and_done_trials_leave_less(tmp_path: Path) -> None:
         plan = planned(tmp_path, **search)
         return forecast(plan, resources(), timings(plan), done_trials=done).epochs["trials"]
 
-    name, vanilla = (cell.name for cell in planned(tmp_path).all_cells)
+    vanilla, name = (cell.name for cell in planned(tmp_path).cells)
     assert epochs() == 48
     assert epochs(max_epochs_total=20) == 20
     assert epochs({name: 2, vanilla: 1}, max_epochs_total=20) == 2  # 18 are spent
@@ -184,7 +215,7 @@ def test_limits_and_done_trials_leave_less(tmp_path: Path) -> None:
 
 
 def test_done_trials_beyond_a_cells_share_are_taken_from_those_that_lag(tmp_path: Path) -> None:
-    cells = planned(tmp_path).all_cells
+    cells = planned(tmp_path).cells
     first, second = (cell.name for cell in cells)
     assert trials_left(cells, 4, {}) == {first: 4, second: 4}
     assert trials_left(cells, 4, {first: 6}) == {first: 0, second: 2}

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from refilled.errors import UserError
 from refilled.presets import smoke
 from refilled.storage.store import write_json
-from refilled.timing import StepTimes
+from refilled.timing import StepTimes, measure
+from refilled.training.compute import Compute
 from tune.backend.cluster import Resources
 from tune.forecast.measure import _path, _records, _rounds, _share, kind_of, measure_all
 from tune.plan import Plan, make_plan
@@ -45,12 +47,25 @@ def test_of_a_round_the_median_is_kept_and_the_most_memory_and_what_was_seen_alo
     assert [record["worker_start_s"] for record in records.values()] == [4.0, 4.0]
 
 
+def test_networks_of_the_users_are_measured(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from refilled.models import build_model\n"
+        "def small(dropout, **shape):\n"
+        "    return build_model('convnet-8', seed=0, **shape)\n"
+    )
+    name = f"{tmp_path}/own.py:small"
+    search = dataclasses.replace(smoke(), overlaps=(1.0,), teachers=(name,), students=(name,), storage=str(tmp_path))
+    cell = make_plan(search).cells[1]
+    times = measure(cell.run, tmp_path, Compute(torch.device("cpu"), "float32"), budget_s=0.1)
+    assert times.embedding_live_s > 0
+
+
 @pytest.mark.ray
 def test_every_kind_is_measured_once_and_kept(local_ray: None, tmp_path: Path) -> None:
     resources = Resources(num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, slots=2, slots_now=2)
     plan = planned(tmp_path)
     first = measure_all(plan, resources)
-    assert set(first.kinds) == {kind_of(cell) for cell in plan.all_cells}
+    assert set(first.kinds) == {kind_of(cell) for cell in plan.cells}
     assert len(first.kinds) == 2  # of two overlaps
     assert first.kinds["convnet-32>convnet-8 refilled"].embedding_live_s > 0
     assert first.kinds["none>convnet-8 student"].embedding_live_s == 0
@@ -74,7 +89,7 @@ def test_runs_that_do_not_fit_a_gpu_together_are_refused(local_ray: None, tmp_pa
     resources = Resources(num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.5, slots=2, slots_now=2)
     plan = planned(tmp_path)
     times = {field.name: 0.0 for field in dataclasses.fields(StepTimes)} | {"peak_bytes": 5 * 2**30}
-    paths = [_path(plan, cell.run, resources) for cell in plan.all_cells]
+    paths = [_path(plan, cell.run, resources) for cell in plan.cells]
     paths[0].parent.mkdir()
     for path in paths:
         write_json(path, {"times": times | {"total_bytes": 13 * 2**30}, "worker_start_s": 1.0})

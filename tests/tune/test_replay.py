@@ -188,7 +188,7 @@ def test_settings_of_another_kind_count_nothing_and_the_kind_itself_counts_one()
         curves = [Curve(each, "cccc", CURVES[0.1], {"classifier": 2.0}) for each in recorded]
         return Table("kinds", RUN, as_data(RUN), curves, is_weighted=False).nearest(query)
 
-    low, high = ({"classifier.schedule.learning_rate": rate, "optimizer.weight_decay": 1e-5} for rate in (0.01, 0.5))
+    low, high = ({"classifier.schedule.learning_rate": rate, "optimizer.weight_decay": 1e-5} for rate in (0.01, 2.0))
     cosine = {"classifier.schedule.kind": "cosine", "classifier.schedule.final_fraction": 0.1}
     step = {"classifier.schedule.kind": "step", "classifier.schedule.decay": 0.5}
     one_cycle = {"classifier.schedule.kind": "one_cycle"}
@@ -223,7 +223,9 @@ def test_milestones_become_the_parameter_they_came_from():
 @pytest.mark.parametrize("name", ["digits-0.4", "digits-student", "cifar-0.4"])
 def test_real_searches_run_on_recorded_tables(name):
     table = Table.load(name)
-    assert [entry["name"] for entry in table.space] == [entry["name"] for entry in as_data(table.run)]
+    # Some were recorded when the weights of whole stages were searched too, which no search draws any more.
+    recorded = [each["name"] for each in table.space if each["name"] not in ("embedding.weight", "classifier.weight")]
+    assert recorded == [each["name"] for each in as_data(table.run)]
     most = 8 * table.num_epochs
     for strategy in (ours(make_pruner=EARLY), random_search, ray_default):
         outcome = simulate(

@@ -10,8 +10,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from refilled.config import METHODS, RunConfig
+from refilled.config import RunConfig
 from refilled.config.search import SAMPLERS
+from refilled.methods import METHODS
+from refilled.stages import complete
 from tune.studies.samplers import make_sampler
 from tune.studies.space import default_point, sample, space
 from tune.studies.study_store import open_storage
@@ -77,7 +79,7 @@ def new_study(kind="random"):
 @pytest.mark.parametrize("kind", SAMPLERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_trial_is_a_valid_run_and_nothing_is_warned_of(kind, method, logged):
-    run = RunConfig(method=method)
+    run = complete(RunConfig(method=method))
     # A process for a Gaussian process costs 0.1 s a trial.
     study = fill(new_study(), kind, run, count=9 if kind == "gp" else 20, running=2)
     assert study.trials[0].params == default_point(run)
@@ -197,7 +199,7 @@ def test_qmc_is_one_sequence_a_study_whatever_becomes_of_its_first_trials():
     assert [trial.params for trial in points(0, first=None, told=False).trials] == drawn
     assert [trial.params for trial in points(1).trials[1:]] != drawn[1:]
     # 16 points of the sequence: one in every sixteenth of every setting that the first trial had
-    assert stratification(study, "classifier.schedule.learning_rate", 0.01, 0.5) == 1
+    assert stratification(study, "classifier.schedule.learning_rate", 0.01, 2.0) == 1
     assert stratification(study, "optimizer.weight_decay", 1e-5, 5e-3) == 1
     # What it had not is drawn independently, by every trial anew.
     name = "classifier.schedule.decay"

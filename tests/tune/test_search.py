@@ -43,6 +43,7 @@ def search(storage: Path, **changes: str) -> list[dict[str, Any]]:
         assert f"{100 * each['val_accuracy']:.2f}" in done.stdout
         assert f"{100 * each['test_accuracy_mean']:.2f}" in done.stdout
         assert f"{100 * each['baseline_test_accuracy_mean']:.2f}" in done.stdout
+        assert each["method"] == "student" or f"{100 * each['difference_mean']:+.2f}" in done.stdout
     return summary
 
 
@@ -67,21 +68,30 @@ def digits_search(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
 
 def test_summary_has_every_cell_and_all_it_promises(digits_search: tuple[Path, list[dict[str, Any]]]) -> None:
     _, summary = digits_search
-    assert [each["overlap"] for each in summary] == [0.0, 1.0]
+    rows = [(each["overlap"], each["method"]) for each in summary]
+    assert rows == [(0.0, "student"), (0.0, "refilled"), (1.0, "student"), (1.0, "refilled")]
     for each in summary:
-        assert (each["teacher"], each["student"], each["method"]) == ("convnet-32", "convnet-8", "refilled")
+        assert (each["teacher"], each["student"]) == ("convnet-32", "convnet-8")
         assert len(each["test_accuracy"]) == len(each["baseline_test_accuracy"]) == len(each["run_ids"]) == 2
         assert each["test_accuracy_mean"] == pytest.approx(sum(each["test_accuracy"]) / 2)
         # two values: the half width is t(0.975, 1) = 12.706 times half their distance
         half_distance = abs(each["test_accuracy"][0] - each["test_accuracy"][1]) / 2
         assert each["test_accuracy_ci95"] == pytest.approx(12.7062 * half_distance, rel=1e-4)
-        assert each["config"]["epochs"] == [3, 4]
+        assert each["config"]["epochs"] == ([0, 7] if each["method"] == "student" else [3, 4])
         assert each["baseline_config"]["epochs"] == [0, 7]
+        assert len(each["baseline_short_test_accuracy"]) == 2
         assert each["config"]["val_fraction"] == 0.0
         assert len(each["teacher_classes"]) == len(each["student_classes"]) == 5
         assert each["test_accuracy_mean"] > 0.5  # chance is 0.2
+    for student, refilled in (summary[:2], summary[2:]):
+        differences = [a - b for a, b in zip(refilled["test_accuracy"], student["test_accuracy"], strict=True)]
+        assert refilled["difference_mean"] == pytest.approx(sum(differences) / 2)
+        assert refilled["differences"]["student"]["mean"] == refilled["difference_mean"]
+        assert student["differences"]["refilled"]["mean"] == pytest.approx(-refilled["difference_mean"])
+        assert refilled["baseline_run_ids"] == student["baseline_run_ids"] == student["run_ids"]
+        assert not set(student["run_ids"]) & set(student["baseline_short_run_ids"])
     assert not set(summary[0]["teacher_classes"]) & set(summary[0]["student_classes"])
-    assert summary[1]["teacher_classes"] == summary[1]["student_classes"]
+    assert summary[2]["teacher_classes"] == summary[2]["student_classes"]
 
 
 def test_mlflow_agrees_with_the_summary(digits_search: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -98,10 +108,20 @@ def test_mlflow_agrees_with_the_summary(digits_search: tuple[Path, list[dict[str
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
     trials = [run for run in children if run.data.tags["kind"] == "trial"]
     refits = [run for run in children if run.data.tags["kind"] == "refit"]
+    assert parents[0].data.tags["methods"] == "student, refilled"
     assert len(trials) == 2 * 2 * 3  # two cells and two vanilla students, three trials each
     assert len(refits) == 2 * 3 * 2  # winner, vanilla, vanilla at classifier epochs; two seeds
+    assert {run.data.tags["role"] for run in trials} == {"method"}
+    assert sorted((run.data.tags["method"], run.data.tags["role"]) for run in refits) == [
+        *[("refilled", "method")] * 4,
+        *[("student", "baseline_short")] * 4,
+        *[("student", "method")] * 4,
+    ]
     by_id = {run.info.run_id: run for run in children}
     for each in summary:
+        for run_id, value in zip(each["baseline_short_run_ids"], each["baseline_short_test_accuracy"], strict=True):
+            assert by_id[run_id].data.tags["role"] == "baseline_short"
+            assert by_id[run_id].data.metrics["test_accuracy"] == value
         for run_id, value, seed in zip(each["run_ids"], each["test_accuracy"], each["seeds"], strict=True):
             refit = by_id[run_id]
             assert refit.data.metrics["test_accuracy"] == value
@@ -123,8 +143,9 @@ def test_mlflow_agrees_with_the_summary(digits_search: tuple[Path, list[dict[str
     for cell, found in states.items():
         seen = sorted(run.info.status for run in trials if run.data.tags["cell"] == cell)
         assert seen == sorted(statuses[state] for state in found)
-    history = client.get_metric_history(summary[0]["trial_run_id"], "val_accuracy")
-    assert [point.step for point in history] == list(range(1, 8))
+    for each in summary:
+        history = client.get_metric_history(each["trial_run_id"], "val_accuracy")
+        assert [point.step for point in history] == list(range(1, 8))
 
 
 def test_report_is_made_from_mlflow_alone(digits_search: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
@@ -188,16 +209,47 @@ def test_test_labels_are_out_of_the_searchs_reach(tmp_path: Path) -> None:
         # one trial at a time: with two, the order in which they end is the machine's, and the sampler sees it
         one_by_one = str(os.cpu_count())
         summary = search(tmp_path / name, data=source, overlaps="0.4", seeds="1", cpus_per_worker=one_by_one)
-        found[name] = summary[0], trials_of(tmp_path / name)
-    true, shuffled = found["true"], found["shuffled"]
-    for summary, _ in found.values():
+        found[name] = summary, trials_of(tmp_path / name)
+    (true, trials), (shuffled, trials_of_shuffled) = found["true"], found["shuffled"]
+    assert trials == trials_of_shuffled
+    assert [each["method"] for each in true] == [each["method"] for each in shuffled] == ["student", "refilled"]
+    for one, other in zip(true, shuffled, strict=True):
         for key in ("config", "baseline_config"):
-            del summary[key]["data"]  # where it lies is all that may differ
-    assert true[1] == shuffled[1]
-    for key in ("config", "val_accuracy", "trial", "baseline_config", "baseline_val_accuracy", "data_digest"):
-        assert true[0][key] == shuffled[0][key]
-    assert true[0]["test_accuracy"][0] > 0.5
-    assert shuffled[0]["test_accuracy"][0] < 0.4  # chance is 0.2
+            assert one[key].pop("data") != other[key].pop("data")  # where it lies is all that may differ
+        for key in ("config", "val_accuracy", "trial", "baseline_config", "baseline_val_accuracy", "data_digest"):
+            assert one[key] == other[key]
+        assert one["test_accuracy"][0] > 0.5
+        assert other["test_accuracy"][0] < 0.4  # chance is 0.2
+
+
+def test_a_method_more_goes_on_with_the_others_studies(tmp_path: Path) -> None:
+    """Four kinds of methods: without teacher, in two stages, by embeddings, by feature maps."""
+    small = {"overlaps": "0.4", "trials": "4", "seeds": "1"}
+    first = search(tmp_path, methods="student rkd", **small)
+    before = trials_of(tmp_path)
+    methods = ["student", "rkd", "refilled_lkd", "at"]
+    summary = search(tmp_path, methods=" ".join(methods), **small)
+    assert [each["method"] for each in summary] == methods
+    after = trials_of(tmp_path)
+    assert {cell.split()[-1] for cell in after.keys() - before.keys()} == {"refilled_lkd", "at"}
+    assert {cell: after[cell] for cell in before} == before
+    assert [each["trial"] for each in summary[:2]] == [each["trial"] for each in first]
+    assert [each["test_accuracy"] for each in summary[:2]] == [each["test_accuracy"] for each in first]
+    for each in summary:
+        # The equal share of 3, and the extra trial that all of a cell get or none.
+        assert (each["trials"]["complete"] + each["trials"]["pruned"], each["trials"]["failed"]) == (4, 0)
+        assert list(each["differences"]) == [method for method in methods if method != each["method"]]
+        assert each["differences"].get("student", {"mean": 0})["mean"] == each["difference_mean"]
+        assert sum(each["config"]["epochs"]) == 7
+        assert each["test_accuracy"][0] > 0.5
+    assert [each["terms"] for each in summary] == [
+        "cross_entropy",
+        "rkd>cross_entropy",
+        "cross_entropy+lkd",
+        "cross_entropy+at",
+    ]
+    assert {each["config"]["terms"].get("at", {}).get("weight") is None for each in summary[:3]} == {True}
+    assert summary[3]["config"]["terms"]["at"]["weight"] > 0
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch_trainer"])

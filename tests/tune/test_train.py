@@ -52,7 +52,7 @@ def test_workers_give_the_numbers_of_one(num_workers: int, tmp_path: Path) -> No
         "0.5",
     ]
     printed = train(tmp_path / "group", *flags, "--workers", str(num_workers))
-    run = dataclasses.replace(start("smoke").run, overlap=0.4, epochs=(2, 3), teacher_epochs=2, precision="float64")
+    run = dataclasses.replace(start("smoke", ()).run, overlap=0.4, epochs=(2, 3), teacher_epochs=2, precision="float64")
     execute(run, tmp_path / "alone", Compute(torch.device("cpu"), "float64"))
     rows = [run_folder(run, tmp_path / name).rows() for name in ("group", "alone")]
     assert [row["epoch"] for row in rows[0]] == [1, 2, 3, 4, 5]
@@ -71,7 +71,7 @@ def test_refit_reads_the_test_set_and_logs_it(tmp_path: Path) -> None:
 
     flags = ["--method", "student", "--epochs", "0", "3", "--refit"]
     printed = train(tmp_path, *flags)
-    run = dataclasses.replace(start("smoke").run, method="student", epochs=(0, 3), val_fraction=0.0)
+    run = dataclasses.replace(start("smoke", ("student",)).run, epochs=(0, 3), val_fraction=0.0)
     value = refit(run, tmp_path, Compute(torch.device("cpu"), "float32"))  # found, not trained again
     assert f"Test accuracy {100 * value:.2f} %" in printed
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")

@@ -11,11 +11,11 @@ class Place:
     overlap: float
     teacher: str = "wrn-40-2"
     student: str = "wrn-16-1"
-    role: str = "method"
+    method: str = "refilled"
 
     @property
     def name(self):
-        return f"{self.overlap} {self.teacher} {self.student} {self.role}"
+        return f"{self.overlap} {self.teacher} {self.student} {self.method}"
 
 
 def test_the_nearest_overlap_and_the_nearest_architectures_give():
@@ -25,13 +25,13 @@ def test_the_nearest_overlap_and_the_nearest_architectures_give():
         Place(0.4, student="wrn-40-2"),
         Place(0.4, student="wrn-16-2"),
         Place(0.4, student="convnet-16"),
-        Place(0.4, role="baseline"),
+        Place(0.4, method="student"),
         Place(0.2, student="wrn-16-2"),
     ]
     assert donors(Place(0.4), earlier) == (Place(0.2).name, Place(0.4, student="wrn-16-2").name)
     assert donors(Place(0.4), earlier[:1]) == (Place(0.0).name,)
     assert donors(Place(0.0), []) == ()
-    assert donors(Place(0.6, role="baseline"), earlier) == (Place(0.4, role="baseline").name,)
+    assert donors(Place(0.6, method="student"), earlier) == (Place(0.4, method="student").name,)
 
 
 def test_teachers_count_as_much_as_students():

@@ -33,9 +33,8 @@ from machine import machine_line
 from replay.problems import problems
 
 from refilled.config import RunConfig
-from refilled.execution import execute, run_folder
-from refilled.methods import needs_teacher
-from refilled.teacher import pretrain_once
+from refilled.execution import execute, pretrain_once, run_folder
+from refilled.stages import needs_teacher
 from refilled.training.compute import Compute
 from tune.studies.space import as_data, default_point, sample
 

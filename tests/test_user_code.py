@@ -1,0 +1,244 @@
+"""Terms and networks from files of the user's: loaded from the run's own copy, and refused in one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+from refilled.config import RunConfig, Sources
+from refilled.errors import UserError
+from refilled.execution import execute, run_folder
+from refilled.identity import run_key
+from refilled.models import build_model
+from refilled.presets import smoke
+from refilled.stages import check, complete, stages_of, with_own_code
+from refilled.storage.model_file import load_model
+from refilled.tasks.classification import load_task
+from refilled.training.compute import Compute
+from refilled.user_code import load_object, read_source
+
+TERM = '''
+"""A term of one's own."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from refilled.config import Float, Searched, TermConfig
+from refilled.terms import GlobalBatch, Local, Needs, Setting, Term
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionConfig(TermConfig):
+    """weight x squared distance."""
+
+    weight: float = 2.0
+    """Weight of the loss."""
+
+
+class Regression(Term):
+    """Squared distance of the projected embedding to the teacher's."""
+
+    name: ClassVar[str] = "regression"
+    Config: ClassVar[type[TermConfig]] = RegressionConfig
+    weight_space: ClassVar[Searched] = Searched("weight", Float(0.1, 10.0, log=True))
+    needs: ClassVar[Needs] = Needs(student=frozenset({"embedding"}), teacher=frozenset({"embedding"}))
+
+    def __init__(self, config: TermConfig, setting: Setting) -> None:
+        super().__init__(config, setting)
+        self.projection = nn.Linear(setting.student.embedding_dim, setting.known_teacher.embedding_dim)
+
+    def rows(self, local: Local) -> dict[str, Tensor]:
+        difference = self.projection(local.student.embedding) - local.known_teacher.embedding
+        return {"regression": difference.square().mean(dim=1)}
+
+    def loss(self, rows: dict[str, Tensor], batch: GlobalBatch) -> Tensor:
+        return self.config.weight * rows["regression"].mean()
+
+
+NOTHING = 3
+'''
+NETWORK = '''
+from torch import Tensor, nn
+
+from refilled.models import Model, Output
+
+
+class Tiny(Model):
+    """One convolution."""
+
+    def __init__(self, *, num_classes: int, in_channels: int, image_size: int, dropout: float) -> None:
+        super().__init__(embedding_dim=6, num_classes=num_classes, feature_channels=(6,))
+        self.conv = nn.Conv2d(in_channels, 6, 3, padding=1)
+        self.scale = nn.Parameter(__import__("torch").rand(6))
+        self.head = nn.Linear(6, num_classes)
+
+    def forward(self, images: Tensor, dropout_keys: Tensor | None = None) -> Output:
+        maps = self.conv(images) * self.scale[:, None, None]
+        return self.pool_and_classify(maps.relu(), (maps,))
+
+
+def broken(**arguments: object) -> Model:
+    raise RuntimeError("no such network")
+
+
+def other(**arguments: object) -> nn.Module:
+    return nn.Linear(2, 2)
+'''
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    (tmp_path / "own.py").write_text(TERM)
+    (tmp_path / "net.py").write_text(NETWORK)
+    return tmp_path
+
+
+def small(method: str, **changes: object) -> RunConfig:
+    run = dataclasses.replace(smoke().run, method=method, overlap=0.4, epochs=(1, 1), teacher_epochs=1)
+    return with_own_code(dataclasses.replace(run, **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["{}", "{}>cross_entropy", "rkd>cross_entropy+lkd+{}"])
+def test_a_users_term_is_trained_like_the_packages_own(form: str, own: Path, compute: Compute) -> None:
+    run = small(form.format(f"{own}/own.py:Regression"))
+    assert "regression" in [term.name for stage in stages_of(run) for term in stage.terms]
+    row = execute(run, own / "storage", compute)
+    assert row["finished"]
+    about = json.loads((run_folder(run, own / "storage").path / "config.json").read_text())
+    assert about["config"]["terms"]["regression"] == {"weight": 2.0}
+    assert about["config"]["sources"] == {f"{own}/own.py": TERM}
+
+
+def test_the_runs_copy_counts_not_the_file(own: Path, compute: Compute, tmp_path: Path) -> None:
+    """A worker on another machine has no file, and a finished run is found though its file has gone."""
+    run = small(f"{own}/own.py:Regression")
+    row = execute(run, tmp_path / "storage", compute)
+    (own / "own.py").unlink()
+    again = RunConfig.from_dict(json.loads(json.dumps(run.to_dict())))
+    assert execute(again, tmp_path / "storage", compute) == row
+
+
+def test_the_text_is_part_of_what_a_run_is_and_the_path_is_not(own: Path, storage: Path) -> None:
+    run = small(f"{own}/own.py:Regression")
+    task = load_task(run, storage / "cache")
+    key = run_key(run, task.spaces, task.data_digest)
+    (own / "moved.py").write_text(TERM)
+    moved = small(f"{own}/moved.py:Regression")
+    assert run_key(moved, task.spaces, task.data_digest) == key
+    (own / "own.py").write_text(TERM + "\n")
+    assert run_key(small(f"{own}/own.py:Regression"), task.spaces, task.data_digest) != key
+
+
+def test_users_term_has_its_own_settings(own: Path) -> None:
+    run = small(f"{own}/own.py:Regression")
+    assert complete(run).terms.to_dict() == {"regression": {"weight": 2.0}}
+    with pytest.raises(UserError, match=r"Unknown setting terms\.regression\.wait; term regression has weight"):
+        check(run.with_overrides({"terms.regression.wait": 1.0}))
+
+
+def test_a_users_network_is_trained_kept_and_loaded(own: Path, compute: Compute) -> None:
+    run = small("student", student=f"{own}/net.py:Tiny")
+    execute(run, own / "storage", compute)
+    path = run_folder(run, own / "storage").path / "model.pt"
+    (own / "net.py").unlink()
+    model = load_model(path)
+    assert type(model).__name__ == "Tiny"
+    assert model.num_classes == 5
+
+
+def test_a_users_network_begins_alike_wherever_it_is_built(own: Path) -> None:
+    """Parameters that its constructor draws too, whatever the global generator was at."""
+    sources = read_source(f"{own}/net.py:Tiny", "student")
+    built = []
+    for number in range(2):
+        torch.manual_seed(number)
+        model = build_model(
+            f"{own}/net.py:Tiny", num_classes=3, in_channels=1, image_size=8, dropout=0.0, seed=5, sources=sources
+        )
+        built.append(model.state_dict())
+    assert all(torch.equal(built[0][name], built[1][name]) for name in built[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ("{}/none.py:Name", "method must name a Python file that can be read"),
+        ("{}/own.py:Missing", "which has no 'Missing'"),
+        ("{}/own.py:NOTHING", "method must name a subclass of refilled.terms.Term"),
+        ("{}/bad.py:Name", "raises SyntaxError"),
+        ("{}/raises.py:Name", "raises ZeroDivisionError: division by zero"),
+        ("{}/nameless.py:Nameless", "must have a class attribute `name`"),
+        ("{}/binary.py:Name", "method must name a Python file that can be read"),
+    ],
+)
+def test_what_is_no_term_is_refused(method: str, sentence: str, own: Path) -> None:
+    (own / "bad.py").write_text("def :")
+    (own / "raises.py").write_text("1 / 0")
+    (own / "nameless.py").write_text("from refilled.terms import Term\nclass Nameless(Term): pass\n")
+    (own / "binary.py").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError) as caught:
+        check(small(method.format(own)))
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("broken", "raises RuntimeError: no such network"), ("other", "must return a refilled.models.Model, got Linear")],
+)
+def test_what_is_no_network_is_refused(name: str, sentence: str, own: Path) -> None:
+    reference = f"{own}/net.py:{name}"
+    with pytest.raises(UserError, match=sentence):
+        build_model(
+            reference, num_classes=2, in_channels=1, image_size=8, seed=0, sources=read_source(reference, "student")
+        )
+
+
+def test_a_traceback_shows_the_users_line(own: Path) -> None:
+    sources = Sources((("f.py", "def fail():\n    raise KeyError('here')\n"),))
+    fail = load_object("f.py:fail", sources, "method")
+    try:
+        fail()
+    except KeyError:
+        assert "raise KeyError('here')" in traceback.format_exc()
+
+
+def test_text_that_is_missing_is_named() -> None:
+    with pytest.raises(UserError, match=r"must come with the text of 'f\.py' in `sources`"):
+        load_object("f.py:A", Sources(), "method")
+
+
+def test_module_is_the_texts_not_the_paths(own: Path) -> None:
+    """Two versions of a file live side by side in one process, as trials of two searches do."""
+    texts = [Sources((("f.py", f"VALUE = {number}\n"),)) for number in (1, 2)]
+    assert [load_object("f.py:VALUE", each, "method") for each in (*texts, texts[0])] == [1, 2, 1]
+
+
+def test_loading_a_term_needs_no_file_in_another_process(own: Path) -> None:
+    run = small(f"{own}/own.py:Regression")
+    (own / "own.py").unlink()
+    code = (
+        "import json, sys\nfrom refilled.config import RunConfig\nfrom refilled.stages import stages_of\n"
+        "run = RunConfig.from_dict(json.load(sys.stdin))\nprint([t.__name__ for s in stages_of(run) for t in s.terms])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(run.to_dict()),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=own,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout.strip() == "['CrossEntropy', 'Regression']"
