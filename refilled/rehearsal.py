@@ -11,10 +11,11 @@ from refilled.keyed import derive_seed, keyed_permutation
 from refilled.methods import StageName
 from refilled.models import Model
 from refilled.stages import stages_of
+from refilled.storage.run_folder import Row
 from refilled.tasks.classification import Task
 from refilled.teacher import FrozenTeacher
 from refilled.training.compute import Compute
-from refilled.training.learner import begin_stage, make_learner, optimizer_of
+from refilled.training.learner import begin_stage, make_learner, optimizer_of, state_of
 from refilled.training.step import step
 
 
@@ -48,6 +49,10 @@ class Steps:
         )
         step(self._learner, self._stage, self.optimizer, next(batches), self._epoch)
         self._epoch += 1
+
+    def state(self, rows: list[Row]) -> dict[str, object]:
+        """What a checkpoint would hold now."""
+        return state_of(self._learner, self.optimizer, rows)
 
 
 def some_of(task: Task, count: int) -> Task:

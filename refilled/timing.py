@@ -229,9 +229,7 @@ class _Measurement:
 
         def write() -> None:
             row = {"epoch": next(epochs)}
-            carrier.save(
-                {"rows": [row], "student": step.student.state_dict(), "optimizer": step.optimizer.state_dict()}
-            )
+            carrier.save(step.state([row]))
             carrier.report(row)
 
         return self._median_s(write, warm=True)

@@ -178,7 +178,7 @@ def test_refits_and_methods_without_the_stage_share_nothing(first: RunConfig, tm
     for method in ("student", "refilled_lkd"):
         without = first.with_overrides({"method": method, "epochs": (2, 1)})
         share(without, tmp_path)
-        with pytest.raises(ValueError, match=f"method {method} has no stage embedding"):
+        with pytest.raises(ValueError, match=f"method {method} has 1 stages"):
             key_of(without, tmp_path)
     assert not embeddings_of(tmp_path).exists()
 

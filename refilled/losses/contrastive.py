@@ -59,7 +59,7 @@ def gathered_scores(embedding: Tensor, memory: Tensor, rows: Tensor, *, temperat
     """`contrastive_scores(embedding, memory[rows])`, by way of the products with the whole memory.
 
     Holds [b, N] and [b, 1 + K] numbers instead of [b, 1 + K, d]. With N = 25,000, b = 256, K = 16,384, d = 128 one
-    side's scores, loss and gradient take 0.12 s of one CPU core and 0.1 GB, by `contrastive_scores` 6.7 s and 2.1 GB
+    side's scores, loss and gradient take 0.12 s of one CPU core and 0.2 GB, by `contrastive_scores` 6.7 s and 2.1 GB
     (measured).
 
     Args:
@@ -128,8 +128,8 @@ def sample_negatives(labels: Tensor, image_ids: Tensor, *, num_negatives: int, s
 
     Whoever asks for an image gets the same rows, with whatever other images. Without replacement where there are K
     images of other classes: those whose keyed bits are the K smallest, in ascending order. Else K draws with
-    replacement. N = 25,000, b = 256, K = 16,384 take 0.16 s of one CPU core and, beside the result of 34 MB twice, some
-    10 MB (measured).
+    replacement. N = 25,000, b = 256, K = 16,384 take 0.16 s of a quiet CPU core, 0.3 s of a busy one, and beside the
+    result of 34 MB as much again and some 10 MB (measured).
 
     Args:
         labels: [N] integers, of all images.

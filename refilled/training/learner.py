@@ -16,6 +16,7 @@ from refilled.keyed import derive_seed
 from refilled.models import Model, Output, build_model, initialise, parameters_of_embedding
 from refilled.stages import Stage, term_config
 from refilled.storage.model_file import model_state
+from refilled.storage.run_folder import Row
 from refilled.tasks.classification import Task
 from refilled.terms import Setting, Teacher, TeacherOutput, Term
 from refilled.training.compute import Compute
@@ -132,6 +133,16 @@ def optimizer_of(learner: Learner, stage: Stage) -> torch.optim.SGD:
     spared = {id(each) for each in undecayed}
     own = [each for each in learner.terms.parameters() if id(each) not in spared]
     return build_optimizer([*parameters, *own], learner.config.optimizer, undecayed)
+
+
+def state_of(learner: Learner, optimizer: torch.optim.Optimizer, rows: list[Row]) -> dict[str, object]:
+    """What a checkpoint holds at an epoch border; `rows` are those of all epochs so far."""
+    return {
+        "rows": rows,
+        "student": learner.student.state_dict(),
+        "terms": learner.terms.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
 
 
 def state_of_student(config: RunConfig, task: Task, student: Model) -> dict[str, object]:

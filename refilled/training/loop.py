@@ -31,6 +31,7 @@ from refilled.training.learner import (
     begin_stage,
     make_learner,
     optimizer_of,
+    state_of,
     state_of_student,
 )
 from refilled.training.optim import learning_rate, set_learning_rate
@@ -89,14 +90,7 @@ def run(
             row = _epoch(learner, stage, optimizer, epochs_before + epoch, epoch, previous=row)
             rows.append(row)
             if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == stage.num_epochs:
-                carrier.save(
-                    {
-                        "rows": rows,
-                        "student": learner.student.state_dict(),
-                        "terms": learner.terms.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                    },
-                )
+                carrier.save(state_of(learner, optimizer, rows))
             carrier.report(row)
         epochs_before += stage.num_epochs
         if shared is not None and stage.name == "embedding" and row["epoch"] == epochs_before:  # not a state beyond it
