@@ -238,13 +238,13 @@ class _Measurement:
         """Find images, build the student, load the teacher, create and finish the run's folder."""
         teacher = self._folder / "teacher.pt"
         if self._live is not None:
-            pretraining = dataclasses.replace(self._config, student=self._config.teacher)
+            pretraining = pretraining_run(self._config)
             student = Steps(pretraining, self._task, None, self._compute, "classifier").student
             save_tensors(teacher, state_of_student(pretraining, self._task, student))
 
         def surround() -> None:
             load()
-            step = self._stage("classifier", None)
+            step = self._stage("classifier", self._live)
             self._create()
             if teacher.exists():
                 self._compute.place_model(load_model(teacher))

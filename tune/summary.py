@@ -161,7 +161,8 @@ def table(results: Sequence[dict[str, Any]], seeds: int) -> Table:
         ("test", "right"),
         ("minus vanilla student", "right"),
     ):
-        shown.add_column(name, justify=justify)  # type: ignore[arg-type]  # rich's literal, from the tuples above
+        # A composition or a path is folded: its end is what tells it from others.
+        shown.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]  # rich's literal
     for _, group in itertools.groupby(results, lambda each: (each["overlap"], each["teacher"], each["student"])):
         for each in group:
             shown.add_row(*_cells(each))

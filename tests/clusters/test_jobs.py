@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -133,6 +134,44 @@ def test_a_job_with_a_cell_that_has_no_result_fails(head: JobHead, tmp_path: Pat
     assert job.returncode != 0
     assert head.status(name) == "FAILED"
     assert "has no result; its trials or refits failed." in job.stdout
+
+
+OWN_TERM = """
+from torch import nn
+from refilled.terms import Needs, Term
+
+class Regression(Term):
+    name = "regression"
+    needs = Needs(student=frozenset({"embedding"}), teacher=frozenset({"embedding"}))
+
+    def __init__(self, config, setting):
+        super().__init__(config, setting)
+        self.map = nn.Linear(setting.student.embedding_dim, setting.known_teacher.embedding_dim)
+
+    def rows(self, local):
+        difference = self.map(local.student.embedding) - local.known_teacher.embedding
+        return {"regression": difference.square().mean(dim=1)}
+
+    def loss(self, rows, batch):
+        return rows["regression"].mean()
+"""
+
+
+def test_a_job_with_a_term_of_the_users_own(head: JobHead, tmp_path: Path) -> None:
+    """The file is where the job is submitted from; its workers get the text with the run."""
+    (head.code / "my_terms.py").write_text(OWN_TERM)
+    try:
+        method = "my_terms.py:Regression"
+        name, job = head.submit(f"{SEARCH} {tmp_path / 'own'} --methods {method}")
+    finally:
+        (head.code / "my_terms.py").unlink()
+    assert job.returncode == 0, job.stdout
+    assert head.status(name) == "SUCCEEDED"
+    (row,) = json.loads((tmp_path / "own" / "summary.json").read_text())
+    assert (row["method"], row["terms"]) == (method, f"cross_entropy+{method}")
+    assert row["config"]["sources"] == {"my_terms.py": OWN_TERM}
+    assert row["baseline_test_accuracy"] is None
+    assert row["test_accuracy"][0] > 0.2
 
 
 @pytest.mark.parametrize(("stranger", "answer"), [("none", "Missing authentication token"), ("wrong", "Invalid")])
