@@ -159,13 +159,14 @@ def test_groups_of_different_sizes_are_level_in_deterministic_rounds(memory):
     plans = [*two_groups(), plan("z student", num_trials=8, group="z"), plan("z kd", num_trials=8, group="z")]
     rules = Rules(transfer=False, deterministic=True, sampler="random", generation=1)
     searcher = StudySearcher(plans, memory, rules, Budget(adaptive_share=0.25))
-    run_side_by_side(searcher, close_in("z kd"), slots=3)
+    run_side_by_side(searcher, close_in("x rkd"), slots=3)
     rounds = optuna.load_study(study_name=plans[0].name, storage=memory).user_attrs["rounds"]
     assert len(rounds) > 1
     for allowed in [*rounds, {each.key: searcher.counts(each.key).done for each in plans}]:
         for group in "xyz":
             assert len({count for key, count in allowed.items() if key[0] == group}) == 1
-    assert rounds[0]["z kd"] > rounds[0]["x rkd"] == rounds[0]["y rkd"]
+    # Half of 16 is 8: nine is what the uncertain three are given before they are level again.
+    assert rounds[0] == {each.key: 9 if each.group == "x" else 6 for each in plans}
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
