@@ -90,8 +90,9 @@ def term_class(name: str, config: RunConfig) -> type[Term]:
     if not (isinstance(found, type) and issubclass(found, Term)):
         raise UserError(f"method must name a subclass of refilled.terms.Term, but {name!r} is none.")
     term: type[Term] = found
-    if not str(getattr(term, "name", "")).isidentifier() or term.name in TERMS:
-        raise UserError(f"{name!r} must have a class attribute `name`, an identifier that no other term has.")
+    taken = {*TERMS, *(field.name for field in dataclasses.fields(RunConfig))}
+    if not str(getattr(term, "name", "")).isidentifier() or term.name in taken:
+        raise UserError(f"{name!r} must have a class attribute `name`, an identifier that no term or setting has.")
     return term
 
 
@@ -170,8 +171,11 @@ def check(config: RunConfig) -> None:
     Raises:
         UserError: Naming the field or term.
     """
+    by_name: dict[str, type[Term]] = {}
     for stage in stages_of(config):
         for term in stage.terms:
+            if by_name.setdefault(term.name, term) is not term:
+                raise UserError(f"method must have terms of different names, but two classes are called {term.name!r}.")
             term_config(term, config)
             term.check(config)
             if stage.name == "embedding" and "logits" in term.needs.student:

@@ -142,8 +142,9 @@ def test_run_key_forgets_what_the_method_does_not_use(digits_run: RunConfig, sto
     assert key(digits_run) == key(digits_run.with_overrides({"data": "imagefolder:/elsewhere"}))
 
 
-def test_compiled_student_learns_alike(digits_run: RunConfig, storage: Path, compute: Compute) -> None:
-    run = dataclasses.replace(digits_run, method="student", epochs=(0, 1))
+@pytest.mark.parametrize("method", ["student", "vid"])  # without and with a part of a term's own
+def test_compiled_student_learns_alike(method: str, digits_run: RunConfig, storage: Path, compute: Compute) -> None:
+    run = dataclasses.replace(digits_run, method=method, epochs=(0, 1))
     rows = [execute(dataclasses.replace(run, compile=compiled), storage, compute) for compiled in (False, True)]
     assert rows[1]["train_loss"] == pytest.approx(rows[0]["train_loss"], rel=1e-5)
     assert rows[1]["train_loss"] != 0

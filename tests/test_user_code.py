@@ -205,6 +205,18 @@ def test_what_is_no_network_is_refused(name: str, sentence: str, own: Path) -> N
         )
 
 
+def test_two_terms_of_one_name_are_refused(own: Path) -> None:
+    (own / "other.py").write_text(TERM + "\n")
+    with pytest.raises(UserError, match="two classes are called 'regression'"):
+        check(small(f"cross_entropy+{own}/own.py:Regression+{own}/other.py:Regression"))
+
+
+def test_a_term_must_not_take_the_name_of_a_setting(own: Path) -> None:
+    (own / "views.py").write_text(TERM.replace('= "regression"', '= "views"'))
+    with pytest.raises(UserError, match="an identifier that no term or setting has"):
+        check(small(f"{own}/views.py:Regression"))
+
+
 def test_a_traceback_shows_the_users_line(own: Path) -> None:
     sources = Sources((("f.py", "def fail():\n    raise KeyError('here')\n"),))
     fail = load_object("f.py:fail", sources, "method")

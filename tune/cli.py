@@ -82,8 +82,9 @@ def term_configs(run: RunConfig, methods: Iterable[str]) -> dict[str, TermConfig
     found: dict[str, TermConfig] = {}
     for method in methods:
         own = with_own_code(dataclasses.replace(run, method=method, epochs=(1, 1)))
-        for stage in stages_of(own):
-            found |= {term.name: term_config(term, own) for term in stage.terms if not term.place}
+        for term in (term for stage in stages_of(own) for term in stage.terms):
+            if not term.place and dataclasses.fields(term.Config):
+                found[term.name] = term_config(term, own)
     return found
 
 

@@ -219,7 +219,7 @@ def command(arguments: Sequence[str] | None = None) -> int:
         start,
         main,
         terms=lambda config: term_configs(config.run, [config.run.method]),
-        hidden={"run.method", "run.sources"},
+        hidden={"run.sources"},
         inlined={"run", "run.terms"},
         arguments=arguments,
     )

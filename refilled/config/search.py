@@ -23,7 +23,8 @@ class SearchConfig(Config):
     run: RunConfig = field(default_factory=RunConfig)
     """What every run of the search shares; cells, methods and trials vary it."""
     methods: tuple[str, ...] = ("student", "refilled")
-    """Methods that are compared in every cell, each with a study of its own; student is the vanilla student."""
+    """Methods that are compared in every cell, each with a study of its own: names such as student, refilled or rkd, or
+    terms by stage such as 'rkd>cross_entropy+lkd'. --method A is short for --methods student A."""
     overlaps: tuple[float, ...] = (0.0, 0.4, 1.0)
     """Overlap ratios of the grid (section 5.1.1)."""
     teachers: tuple[str, ...] = ("convnet-32",)
