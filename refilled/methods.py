@@ -87,6 +87,12 @@ def composition(method: str) -> str:
     return ">".join("+".join(terms) for terms in terms_of(method).values())
 
 
+def name_of(method: str) -> str:
+    """The table's name of a method that is written as its terms; others stay as they are."""
+    rows = {row: name for name, row in METHODS.items()}
+    return rows.get(composition(method), method)
+
+
 def has_embedding_stage(method: str) -> bool:
     """Whether a method trains the embedding before the classifier."""
     return "embedding" in terms_of(method)

@@ -1,22 +1,27 @@
-"""A stage's real steps, one at a time, for those who time them."""
+"""A stage's real steps, one at a time, for those who time them or try them before anything is trained."""
 
 from __future__ import annotations
 
 import dataclasses
+
+import torch
 
 from refilled.config import RunConfig
 from refilled.data.batches import epoch_batches
 from refilled.data.images import make_image_set
 from refilled.keyed import derive_seed, keyed_permutation
 from refilled.methods import StageName
-from refilled.models import Model
-from refilled.stages import stages_of
+from refilled.models import Model, build_model
+from refilled.stages import named_by_user, needs_teacher, stages_of
 from refilled.storage.run_folder import Row
 from refilled.tasks.classification import Task
 from refilled.teacher import FrozenTeacher
 from refilled.training.compute import Compute
 from refilled.training.learner import begin_stage, make_learner, optimizer_of, state_of
 from refilled.training.step import step
+from refilled.user_code import blaming
+
+NUM_REHEARSED = 64  # images of a trial step
 
 
 class Steps:
@@ -53,6 +58,44 @@ class Steps:
     def state(self, rows: list[Row]) -> dict[str, object]:
         """What a checkpoint would hold now."""
         return state_of(self._learner, self.optimizer, rows)
+
+
+def rehearse(config: RunConfig, task: Task) -> None:
+    """Take one step of every stage on a few images, with a teacher that is not trained.
+
+    So what a term or a network cannot do is found before anything is trained.
+
+    Args:
+        config: The run's configuration.
+        task: Its images and classes.
+
+    Raises:
+        UserError: A step cannot be taken.
+    """
+    few = some_of(task, NUM_REHEARSED)
+    config = dataclasses.replace(config, global_batch_size=NUM_REHEARSED, precision="float32", compile=False)
+    compute = Compute(torch.device("cpu"), "float32")
+    with blaming([name for _, name in named_by_user(config)]):
+        teacher = untrained_teacher(config, few, compute) if needs_teacher(config) else None
+        for stage in stages_of(config):
+            Steps(config, few, teacher, compute, stage.name)()
+
+
+def untrained_teacher(config: RunConfig, task: Task, compute: Compute) -> FrozenTeacher:
+    """A teacher of the run's architecture with initial weights, which takes as long as a trained one."""
+    channels, size, _ = task.train.images.shape[1:]
+    model = build_model(
+        config.teacher,
+        num_classes=len(task.spaces.teacher),
+        in_channels=channels,
+        image_size=size,
+        seed=derive_seed(0, "timing"),
+        sources=config.sources,
+    )
+    model = compute.place_model(model)
+    prototypes = torch.randn(len(task.spaces.student), model.embedding_dim, generator=torch.Generator().manual_seed(0))
+    prototypes = prototypes.to(compute.device, compute.dtype)
+    return FrozenTeacher(model, prototypes, compute, getattr(torch, config.bank.dtype), identity="untrained")
 
 
 def some_of(task: Task, count: int) -> Task:

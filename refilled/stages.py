@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import keyword
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from refilled.config import RunConfig, ScheduleConfig, Sources, TermConfig, TermSettings
+from refilled.config import RunConfig, ScheduleConfig, SearchConfig, Sources, TermConfig, TermSettings
 from refilled.errors import UserError
 from refilled.methods import TERMS, StageName, is_users, terms_of, user_terms
 from refilled.terms import Term
-from refilled.terms.base import TeacherNeed
+from refilled.terms.base import Needs, TeacherNeed
 from refilled.user_code import load_object, read_source
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+# Settings of terms are flags `--NAME.SETTING`, beside those of a run, of a search and of `tune/train.py`.
+_TAKEN = {*TERMS, "refit", "workers", "help"} | {
+    field.name for config in (RunConfig, SearchConfig) for field in dataclasses.fields(config)
+}
 
 
 @dataclass(frozen=True)
@@ -90,9 +98,13 @@ def term_class(name: str, config: RunConfig) -> type[Term]:
     if not (isinstance(found, type) and issubclass(found, Term)):
         raise UserError(f"method must name a subclass of refilled.terms.Term, but {name!r} is none.")
     term: type[Term] = found
-    taken = {*TERMS, *(field.name for field in dataclasses.fields(RunConfig))}
-    if not str(getattr(term, "name", "")).isidentifier() or term.name in taken:
-        raise UserError(f"{name!r} must have a class attribute `name`, an identifier that no term or setting has.")
+    own_name = str(getattr(term, "name", ""))
+    if not _NAME.fullmatch(own_name) or keyword.iskeyword(own_name) or own_name in _TAKEN:
+        raise UserError(
+            f"{name!r} must have a class attribute `name`, small letters, digits and _, that no term or setting has."
+        )
+    if not issubclass(term.Config, TermConfig) or term.place or not isinstance(term.needs, Needs):
+        raise UserError(f"{name!r} must have a Config that is a TermConfig, needs that are Needs, and no `place`.")
     return term
 
 
@@ -161,8 +173,8 @@ def complete(config: RunConfig) -> RunConfig:
             if own and not term.place:
                 settings[term.name] = own
     needed = {name.rpartition(":")[0] for _, name in named_by_user(config)}
-    kept = {path: text for path, text in config.sources.files if path in needed}
-    return config.with_overrides({"terms": TermSettings.from_dict(settings), "sources": Sources.from_dict(kept)})
+    terms = TermSettings.from_dict(settings)
+    return dataclasses.replace(config, terms=terms, sources=config.sources.only(needed))
 
 
 def check(config: RunConfig) -> None:

@@ -58,7 +58,8 @@ def pretraining_run(config: RunConfig) -> RunConfig:
         classifier=ClassifierConfig(schedule=recipe.schedule),
         optimizer=recipe.optimizer,
         views=config.views,
-        sources=config.sources,
+        # The teacher's own file alone: what it was made of must not depend on who asked for it first.
+        sources=config.sources.only({config.teacher.rpartition(":")[0]}),
     )
 
 

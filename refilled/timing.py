@@ -23,10 +23,8 @@ from refilled.config import BankConfig, RunConfig
 from refilled.data.views import Views
 from refilled.embedding_cache.bank import bank_for
 from refilled.embedding_cache.site import BATCH_SIZE
-from refilled.keyed import derive_seed
 from refilled.methods import StageName
-from refilled.models import build_model
-from refilled.rehearsal import Steps, some_of
+from refilled.rehearsal import Steps, some_of, untrained_teacher
 from refilled.stages import needs_teacher, stages_of
 from refilled.storage.model_file import load_model
 from refilled.storage.run_folder import RunFolder
@@ -124,7 +122,8 @@ class _Measurement:
         self._live: FrozenTeacher | None = None
         self._banked: FrozenTeacher | None = None
         if needs_teacher(config):
-            self._live, self._banked = self._teachers()
+            # The same network twice: one is going to be looked up in a bank.
+            self._live, self._banked = (untrained_teacher(self._config, self._task, compute) for _ in range(2))
         self._names = [stage.name for stage in stages_of(config)]
 
     def warm_up(self) -> None:
@@ -165,24 +164,6 @@ class _Measurement:
     def alone(self, times: StepTimes) -> float:
         """A step of stage classifier now, over the same in `times`; at most 1, as company speeds nothing up."""
         return min(1.0, self._median_s(self.step, warm=True) / times.classifier_bank_s)
-
-    def _teachers(self) -> tuple[FrozenTeacher, FrozenTeacher]:
-        """The same network twice: one is going to be looked up in a bank."""
-        channels, size, _ = self._task.train.images.shape[1:]
-        model = build_model(
-            self._config.teacher,
-            num_classes=len(self._task.spaces.teacher),
-            in_channels=channels,
-            image_size=size,
-            seed=derive_seed(0, "timing"),
-        )
-        model = self._compute.place_model(model)
-        shape = len(self._task.spaces.student), model.embedding_dim
-        prototypes = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        prototypes = prototypes.to(self._compute.device, self._compute.dtype)
-        rounding = getattr(torch, self._config.bank.dtype)
-        made = [FrozenTeacher(model, prototypes, self._compute, rounding, identity="untrained") for _ in range(2)]
-        return made[0], made[1]
 
     def _stage(self, name: StageName, teacher: FrozenTeacher | None) -> Steps:
         return Steps(self._config, self._task, teacher, self._compute, name)

@@ -6,14 +6,19 @@ of it, and what a run was made of is part of its identity. A file may import ins
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import sys
+import traceback
 import types
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from refilled.config.tables import MAX_SOURCE_CHARS, Sources, digest_of
 from refilled.errors import UserError
+
+_PREFIX = "refilled_user_"
 
 
 def read_source(name: str, field_name: str) -> Sources:
@@ -28,7 +33,7 @@ def read_source(name: str, field_name: str) -> Sources:
     """
     path = name.rpartition(":")[0]
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{field_name} must name a Python file that can be read, got {path!r} ({reason}).") from error
@@ -60,9 +65,38 @@ def load_object(name: str, sources: Sources, field_name: str) -> Any:
     return getattr(module, attribute)
 
 
+@contextlib.contextmanager
+def blaming(names: Collection[str]) -> Iterator[None]:
+    """Turn whatever the block raises into one sentence that names the user's files; without any, raise it as it is.
+
+    Args:
+        names: What the run names as `path/file.py:Name`.
+
+    Raises:
+        UserError: The block raised something, and the user's code has a part in it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        if not names:
+            raise
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith("<")]
+        where = f", in line {own[-1].lineno} of {own[-1].filename[1:].rpartition(' ')[0]}" if own else ""
+        said = " ".join(str(error).split()) or "no message"
+        raise UserError(f"{', '.join(names)} cannot be used: {type(error).__name__}: {said}{where}.") from error
+
+
+def forget_modules() -> None:
+    """Drop the modules of the user's files, with whatever state they have gathered."""
+    for name in [name for name in sys.modules if name.startswith(_PREFIX)]:
+        del sys.modules[name]
+
+
 def _module(path: str, text: str, field_name: str) -> types.ModuleType:
     """The module of a text; its name holds the text's digest, so two versions of one file live side by side."""
-    name = f"refilled_user_{Path(path).stem}_{digest_of(text)}"
+    name = f"{_PREFIX}{Path(path).stem}_{digest_of(text)}"
     if name in sys.modules:
         return sys.modules[name]
     module = types.ModuleType(name)
@@ -72,8 +106,10 @@ def _module(path: str, text: str, field_name: str) -> types.ModuleType:
     sys.modules[name] = module  # dataclasses look their module up while it is being run
     try:
         exec(compile(text, module.__file__, "exec"), module.__dict__)
-    except Exception as error:  # whatever the user's code raises
+    except BaseException as error:  # whatever the user's code raises; a module that ran half is none
         del sys.modules[name]
+        if not isinstance(error, (Exception, SystemExit)):
+            raise
         raised = f"{type(error).__name__}: {error}"
         raise UserError(
             f"{field_name} must name a Python file that can be run, but {path!r} raises {raised}."

@@ -96,3 +96,12 @@ def test_paper_and_released_presets_hold_the_columns_of_the_comparison() -> None
     assert (released.classifier.instance_weight, released.classifier.temperature) == ("own_head", 1.0)
     assert (released.pretraining.global_batch_size, released.optimizer.dropout) == (128, 0.3)
     assert released.embedding.schedule.final_fraction * released.embedding.schedule.learning_rate == pytest.approx(0.01)
+
+
+def test_a_whole_number_in_a_field_of_floats_is_the_float() -> None:
+    """25 and 25.0 are one setting, and must be one in every hash."""
+    values = RunConfig().to_dict() | {"overlap": 1}
+    run = RunConfig.from_dict(json.loads(json.dumps(values))).with_overrides({"classifier.temperature": 2, "seed": 3})
+    same = RunConfig(overlap=1.0, seed=3).with_overrides({"classifier.temperature": 2.0})
+    assert json.dumps(run.to_dict()) == json.dumps(same.to_dict())
+    assert type(run.seed) is int

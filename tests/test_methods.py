@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from refilled.errors import UserError
-from refilled.methods import METHODS, TERMS, composition, has_embedding_stage, is_users, terms_of, user_terms
+from refilled.methods import (
+    METHODS,
+    TERMS,
+    composition,
+    has_embedding_stage,
+    is_users,
+    name_of,
+    terms_of,
+    user_terms,
+)
 
 
 def test_every_row_is_made_of_known_terms_and_is_its_own_composition() -> None:
@@ -25,6 +34,12 @@ def test_stages_of_the_papers_rows() -> None:
 def test_composition_by_name() -> None:
     assert terms_of("rkd>cross_entropy+lkd") == {"embedding": ("rkd",), "classifier": ("cross_entropy", "lkd")}
     assert terms_of("cross_entropy+rkd+vid") == {"classifier": ("cross_entropy", "rkd", "vid")}
+
+
+def test_a_row_that_is_spelled_out_has_its_name() -> None:
+    assert name_of("cross_entropy") == "student"
+    assert name_of("comparison>cross_entropy+weighted_lkd") == "refilled"
+    assert name_of("cross_entropy+rkd") == "cross_entropy+rkd"
 
 
 def test_a_term_of_the_users_stands_beside_cross_entropy() -> None:

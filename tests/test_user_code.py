@@ -15,15 +15,17 @@ import torch
 
 from refilled.config import RunConfig, Sources
 from refilled.errors import UserError
-from refilled.execution import execute, run_folder
+from refilled.execution import execute, pretrain_once, run_folder
 from refilled.identity import run_key
 from refilled.models import build_model
 from refilled.presets import smoke
+from refilled.rehearsal import rehearse
 from refilled.stages import check, complete, stages_of, with_own_code
 from refilled.storage.model_file import load_model
+from refilled.storage.tensor_file import load_tensors
 from refilled.tasks.classification import load_task
 from refilled.training.compute import Compute
-from refilled.user_code import load_object, read_source
+from refilled.user_code import forget_modules, load_object, read_source
 
 TERM = '''
 """A term of one's own."""
@@ -213,7 +215,7 @@ def test_two_terms_of_one_name_are_refused(own: Path) -> None:
 
 def test_a_term_must_not_take_the_name_of_a_setting(own: Path) -> None:
     (own / "views.py").write_text(TERM.replace('= "regression"', '= "views"'))
-    with pytest.raises(UserError, match="an identifier that no term or setting has"):
+    with pytest.raises(UserError, match="that no term or setting has"):
         check(small(f"{own}/views.py:Regression"))
 
 
@@ -254,3 +256,122 @@ def test_loading_a_term_needs_no_file_in_another_process(own: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.stdout.strip() == "['CrossEntropy', 'Regression']"
+
+
+DROPPING = NETWORK.replace("maps.relu()", "nn.functional.dropout(maps.relu(), training=self.training)")
+RANDOM_TERM = TERM.replace(
+    "self.projection = nn.Linear(setting.student.embedding_dim, setting.known_teacher.embedding_dim)",
+    "self.projection = nn.Bilinear(1, setting.student.embedding_dim, setting.known_teacher.embedding_dim)",
+).replace("self.projection(local", "self.projection(local.student.embedding[:, :1], local")
+
+
+def test_what_a_terms_constructor_draws_follows_from_the_runs_seed(own: Path, compute: Compute) -> None:
+    (own / "own.py").write_text(RANDOM_TERM)
+    losses = []
+    for number in range(2):
+        torch.manual_seed(number)
+        losses.append(execute(small(f"{own}/own.py:Regression"), own / str(number), compute)["train_loss"])
+    assert losses[0] == losses[1]
+
+
+def test_a_network_that_draws_goes_on_as_if_it_had_not_been_interrupted(own: Path, compute: Compute) -> None:
+    class Interruption(BaseException):
+        pass
+
+    def interrupt(row: dict[str, object]) -> None:
+        if row["epoch"] == 2:
+            raise Interruption
+
+    (own / "net.py").write_text(DROPPING)
+    run = small("student", student=f"{own}/net.py:Tiny", epochs=(0, 4))
+    whole = execute(run, own / "whole", compute)
+    with pytest.raises(Interruption):
+        execute(run, own / "parts", compute, interrupt)
+    torch.manual_seed(99)
+    assert execute(run, own / "parts", compute)["train_loss"] == whole["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('rows["regression"].mean()', 'rows["regression"]', "RuntimeError: grad can be implicitly created only"),
+        (
+            'return {"regression": difference.square().mean(dim=1)}',
+            "return None",
+            "'NoneType' object has no attribute 'items'",
+        ),
+        ("difference.square().mean(dim=1)", "difference.square().mean()", "cannot be used"),
+        ('rows["regression"].mean()', "1 / 0", "division by zero, in line 39 of"),
+        ("super().__init__(config, setting)", "pass", "AttributeError"),
+        ('rows["regression"].mean()', '__import__("sys").exit(3)', "SystemExit: 3"),
+    ],
+)
+def test_a_rehearsal_finds_what_a_term_cannot_do(old: str, new: str, sentence: str, own: Path, storage: Path) -> None:
+    assert old in TERM
+    (own / "own.py").write_text(TERM.replace(old, new))
+    run = small(f"{own}/own.py:Regression")
+    with pytest.raises(UserError, match=r"own\.py:Regression cannot be used: ") as caught:
+        rehearse(run, load_task(run, storage / "cache"))
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rehearsal_passes_what_works_and_leaves_nothing(own: Path, storage: Path) -> None:
+    for method in ("student", "refilled", "fitnet", "crd", f"{own}/own.py:Regression"):
+        run = small(method)
+        rehearse(run, load_task(run, storage / "cache"))
+
+
+def test_maps_that_do_not_exist_are_found_by_a_rehearsal(own: Path, storage: Path) -> None:
+    run = small("fitnet", student=f"{own}/net.py:Tiny")
+    with pytest.raises(UserError, match=r"fitnet\.map must be at most 1"):
+        rehearse(run, load_task(run, storage / "cache"))
+
+
+def test_a_file_that_ends_the_process_is_refused(own: Path) -> None:
+    (own / "ends.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(UserError, match="raises SystemExit"):
+        check(small(f"{own}/ends.py:Name"))
+
+
+def test_a_module_that_was_interrupted_is_loaded_again() -> None:
+    sources = Sources((("f.py", "import os\nif not os.environ.get('REFILLED_GO'): raise KeyboardInterrupt\nA = 1\n"),))
+    with pytest.raises(KeyboardInterrupt):
+        load_object("f.py:A", sources, "method")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REFILLED_GO", "1")
+        assert load_object("f.py:A", sources, "method") == 1
+
+
+def test_a_byte_order_mark_is_no_syntax_error(own: Path) -> None:
+    (own / "marked.py").write_bytes(b"\xef\xbb\xbf" + TERM.encode())
+    check(small(f"{own}/marked.py:Regression"))
+
+
+def test_state_of_a_module_is_forgotten_between_jobs() -> None:
+    sources = Sources((("f.py", "SEEN = []\n"),))
+    load_object("f.py:SEEN", sources, "method").append(1)
+    forget_modules()
+    assert load_object("f.py:SEEN", sources, "method") == []
+
+
+def test_a_head_that_does_not_fit_is_refused(own: Path) -> None:
+    (own / "net.py").write_text(NETWORK.replace("nn.Linear(6, num_classes)", "nn.Linear(6, 10)"))
+    reference = f"{own}/net.py:Tiny"
+    with pytest.raises(
+        UserError, match=r"must have a head nn\.Linear\(6, 3\), got Linear\(in_features=6, out_features=10"
+    ):
+        build_model(
+            reference, num_classes=3, in_channels=1, image_size=8, seed=0, sources=read_source(reference, "student")
+        )
+
+
+def test_a_teacher_is_made_of_its_own_file_alone(own: Path, compute: Compute) -> None:
+    """Whoever asks for it first, its identity is the same, and with it that of its cache."""
+    paths = []
+    for number, method in enumerate(("refilled", f"{own}/own.py:Regression")):
+        run = small(method, teacher=f"{own}/net.py:Tiny")
+        paths.append(pretrain_once(run, own / str(number), compute).path / "model.pt")
+    assert paths[0].parent.name == paths[1].parent.name
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert load_tensors(paths[1])["sources"] == {f"{own}/net.py": NETWORK}

@@ -193,4 +193,4 @@ def test_what_the_tests_above_rest_on(alone: dict[str, dict[str, Any]], tmp_path
     assert {"0.projection.weight"} <= with_state["aml"]
     assert {"1.norm.running_var", "1.convolution.weight"} <= with_state["fitnet"]
     assert {"1.scales.0", "1.means.0.0.weight"} <= with_state["vid"]
-    assert {"1.student_memory", "1.teacher_map.weight", "1.normalisers"} <= with_state["crd"]
+    assert {"1.student_memory", "1.teacher_map.weight", "1.log_normalisers"} <= with_state["crd"]

@@ -20,8 +20,11 @@ from cyclopts import Parameter
 from refilled.command import exit_code, new_app
 from refilled.config import Config, RunConfig, TermConfig, TermSettings
 from refilled.errors import UserError
+from refilled.methods import user_terms
 from refilled.presets import PRESETS
 from refilled.stages import stages_of, term_config, with_own_code
+from refilled.terms import Term
+from refilled.user_code import blaming
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -80,11 +83,17 @@ def run_command(
 def term_configs(run: RunConfig, methods: Iterable[str]) -> dict[str, TermConfig]:
     """The settings of all terms of some methods that have no place of their own in a run, by the term's name."""
     found: dict[str, TermConfig] = {}
+    classes: dict[str, type[Term]] = {}
     for method in methods:
-        own = with_own_code(dataclasses.replace(run, method=method, epochs=(1, 1)))
-        for term in (term for stage in stages_of(own) for term in stage.terms):
-            if not term.place and dataclasses.fields(term.Config):
-                found[term.name] = term_config(term, own)
+        own = dataclasses.replace(run, method=method, epochs=(1, 1))
+        with blaming(user_terms(method)):
+            own = with_own_code(own)
+            for term in (term for stage in stages_of(own) for term in stage.terms):
+                if classes.setdefault(term.name, term) is not term:
+                    raise UserError(f"methods must have terms of different names, but two are called {term.name!r}.")
+                if not term.place and dataclasses.fields(term.Config):
+                    found[term.name] = term_config(term, own)
+                    _Flags({}, set(), set()).of(found[term.name])
     return found
 
 

@@ -17,13 +17,15 @@ from refilled.data.sources import validate_source
 from refilled.errors import UserError
 from refilled.execution import cache_of
 from refilled.identity import run_key
-from refilled.methods import has_embedding_stage, is_users
-from refilled.models import build_model, validate_model_name
-from refilled.stages import complete, needs_teacher, num_epochs_of, stages_of, with_own_code
+from refilled.methods import has_embedding_stage, name_of
+from refilled.models import validate_model_name
+from refilled.rehearsal import rehearse
+from refilled.stages import complete, named_by_user, needs_teacher, num_epochs_of, stages_of, with_own_code
 from refilled.storage.mirror import open_storage
 from refilled.storage.store import require_writable
-from refilled.tasks.classification import Task, load_task, verify_test_images
-from tune.studies.space import as_data
+from refilled.tasks.classification import load_task, verify_test_images
+from refilled.user_code import blaming
+from tune.studies.space import as_data, default_point
 from tune.studies.study_store import StudyPlan
 from tune.studies.warm_start import donors
 
@@ -170,7 +172,8 @@ def make_plan(search: SearchConfig) -> Plan:
         for name in names:
             _validate_model(field_name, name)
     validate_source(search.run.data)
-    search = dataclasses.replace(search, run=_with_absolute_paths(search.run))
+    methods = tuple(name_of(method) for method in search.methods)
+    search = dataclasses.replace(search, run=_with_absolute_paths(search.run), methods=methods)
     storage = open_storage(search.storage)
     require_writable(storage, "storage")
     cells: dict[str, Cell] = {}
@@ -178,6 +181,8 @@ def make_plan(search: SearchConfig) -> Plan:
         for method in search.methods:
             cell = _cell(search.run, method, overlap, teacher, student, storage)
             cells.setdefault(cell.name, cell)
+    _require_different(list(cells.values()))
+    _rehearse(list(cells.values()), storage)
     plan = Plan(search=search, storage=storage, cells=tuple(cells.values()))
     least = sum(num_epochs_of(each.run) for each in plan.cells)
     if search.max_epochs_total is not None and search.max_epochs_total < least:
@@ -192,11 +197,11 @@ def make_plan(search: SearchConfig) -> Plan:
 
 
 def _cell(template: RunConfig, method: str, overlap: float, teacher: str, student: str, storage: Path) -> Cell:
-    run = run_of_method(
-        dataclasses.replace(template, overlap=overlap, teacher=teacher, student=student), method, template.epochs
-    )
+    place = dataclasses.replace(template, overlap=overlap, teacher=teacher, student=student)
+    with blaming([name for _, name in named_by_user(dataclasses.replace(place, method=method, epochs=(1, 1)))]):
+        run = run_of_method(place, method, template.epochs)
+        default_point(run)
     task = load_task(run, cache_of(storage))
-    _try_own_networks(run, task)
     same_classes = any(term.needs.same_classes for stage in stages_of(run) for term in stage.terms)
     if same_classes and task.spaces.teacher != task.spaces.student:
         raise UserError(f"method {method} needs num_teacher_classes and num_student_classes to be equal (Eq. 2).")
@@ -232,30 +237,32 @@ def _with_absolute_paths(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, data=data, class_order=order)
 
 
-def _try_own_networks(run: RunConfig, task: Task) -> None:
-    """Build the networks that come from files of the user's, so that a defect is found before anything is trained.
+def _require_different(cells: list[Cell]) -> None:
+    """Refuse the same study under two names, such as one file by two paths.
 
     Raises:
-        UserError: One cannot be built.
+        UserError: Naming both.
     """
-    channels, height, _ = task.train.images.shape[1:]
-    roles = [("student", run.student, task.spaces.student)]
-    if needs_teacher(run):
-        roles.append(("teacher", run.teacher, task.spaces.teacher))
-    for role, name, classes in roles:
-        if is_users(name):
-            try:
-                build_model(
-                    name,
-                    num_classes=len(classes),
-                    in_channels=channels,
-                    image_size=height,
-                    dropout=run.optimizer.dropout,
-                    seed=0,
-                    sources=run.sources,
-                )
-            except UserError as error:
-                raise UserError(f"{role}s: {error}") from error
+    names: dict[str, str] = {}
+    for cell in cells:
+        first = names.setdefault(cell.identity, cell.name)
+        if first != cell.name:
+            raise UserError(f"methods and networks must differ, but {first!r} and {cell.name!r} are the same.")
+
+
+def _rehearse(cells: list[Cell], storage: Path) -> None:
+    """Try what may not fit together, code of the user's and feature maps of two networks, before anything is trained.
+
+    Raises:
+        UserError: A step cannot be taken.
+    """
+    tried = set()
+    for cell in cells:
+        what = cell.method, cell.teacher, cell.student
+        on_maps = any("features" in stage.teacher_needs for stage in stages_of(cell.run))
+        if what not in tried and (on_maps or named_by_user(cell.run)):
+            rehearse(cell.run, load_task(cell.run, cache_of(storage)))
+        tried.add(what)
 
 
 def _validate_model(field_name: str, name: str) -> None:

@@ -68,6 +68,7 @@ class Config:
             else:
                 made[name] = tuple(value) if isinstance(value, list) else value
                 require(is_value_of(made[name], hint), f"{cls.__name__}.{name}", _wanted(hint), value)
+                made[name] = _as_of(made[name], hint)
         return cls(**made)
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
@@ -91,6 +92,7 @@ class Config:
             else:
                 changes[head] = tuple(value) if isinstance(value, list) else value
                 require(is_value_of(changes[head], hints[head]), dotted, _wanted(hints[head]), value)
+                changes[head] = _as_of(changes[head], hints[head])
         for head, inner in nested.items():
             changes[head] = changes.get(head, getattr(self, head)).with_overrides(inner)
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
@@ -132,6 +134,13 @@ def is_value_of(value: object, hint: Any) -> bool:
         numbers = (int, float) if hint is float else (int,)
         return isinstance(value, numbers) and not isinstance(value, bool) and _is_representable(value)
     return value is None if hint is types.NoneType else isinstance(value, hint)
+
+
+def _as_of(value: Any, hint: Any) -> Any:
+    """A whole number as a float where a field holds floats alone: 25 and 25.0 are one setting."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_whole and float in options and int not in options else value
 
 
 def _is_representable(number: float) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -78,6 +78,10 @@ class Sources(Config):
     def text_of(self, path: str) -> str | None:
         """The text of a file, none where it is not among them."""
         return dict(self.files).get(path)
+
+    def only(self, paths: Collection[str]) -> Self:
+        """Those of these paths."""
+        return type(self)(tuple((path, text) for path, text in self.files if path in paths))
 
     def to_dict(self) -> dict[str, Any]:
         """Texts by path."""

@@ -2,7 +2,7 @@
 
 from refilled.losses.asymmetric import asymmetric_matching
 from refilled.losses.comparison import comparison_matching
-from refilled.losses.contrastive import contrastive_nce, contrastive_scores, gathered_scores, sample_negatives
+from refilled.losses.contrastive import contrastive_logits, contrastive_nce, sample_negatives
 from refilled.losses.distances import NonFiniteEmbeddingError, check_finite
 from refilled.losses.feature_maps import attention_loss, hint_loss, match_size, pair_maps, variational_loss
 from refilled.losses.local import local_distillation
@@ -20,9 +20,8 @@ __all__ = [
     "check_finite",
     "class_prototypes",
     "comparison_matching",
+    "contrastive_logits",
     "contrastive_nce",
-    "contrastive_scores",
-    "gathered_scores",
     "hint_loss",
     "instance_weights",
     "local_distillation",

@@ -12,6 +12,8 @@ are state and belong to the caller.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,41 +28,14 @@ CUDA_CHUNK = 2**25
 """Keys drawn at once: what fits a CPU's cache, and 0.3 GB a copy on a GPU."""
 
 
-def contrastive_scores(embedding: Tensor, memory_rows: Tensor, *, temperature: float) -> Tensor:
-    """exp(u · m / τ) of an embedding and its own choice of memory rows; not divided by Z.
+def contrastive_logits(embedding: Tensor, memory: Tensor, rows: Tensor, *, temperature: float) -> Tensor:
+    """U · m / τ of an embedding and its own choice of memory rows: ln h but for -ln Z.
 
-    The gradient flows to the embedding only. Neither side is normalised here. `memory_rows` of b = 256, K = 16,384 and
-    d = 128 are 2.1 GB of float32: where K is a large part of N, `gathered_scores` is far cheaper.
+    By way of the products with the whole memory, which holds [b, N] and [b, 1 + K] numbers instead of the [b, 1 + K, d]
+    of the chosen rows. With N = 25,000, b = 256, K = 16,384, d = 128 one side's logits, loss and gradient take 0.12 s
+    of one CPU core and 0.1 GB, by the chosen rows 6.7 s and 2.1 GB (measured).
 
-    Args:
-        embedding: [b, d], any float dtype.
-        memory_rows: [b, 1 + K, d], the positive's first, treated as constant.
-        temperature: τ, above 0.
-
-    Returns:
-        [b, 1 + K], float64 for a float64 embedding, else float32 under autocast too.
-
-    Raises:
-        ValueError: Shapes disagree or the temperature is not above 0.
-    """
-    _check_temperature(temperature)
-    if embedding.dim() != 2 or memory_rows.dim() != 3 or memory_rows[:, 0].shape != embedding.shape:
-        raise ValueError(
-            "embedding must be [b, d] and memory_rows [b, 1 + K, d], got "
-            f"{list(embedding.shape)} and {list(memory_rows.shape)}."
-        )
-    dtype = result_dtype(embedding)
-    with torch.autocast(embedding.device.type, enabled=False):
-        products = (memory_rows.detach().to(dtype) @ embedding.to(dtype)[:, :, None]).squeeze(2)
-    return (products / temperature).exp()
-
-
-def gathered_scores(embedding: Tensor, memory: Tensor, rows: Tensor, *, temperature: float) -> Tensor:
-    """`contrastive_scores(embedding, memory[rows])`, by way of the products with the whole memory.
-
-    Holds [b, N] and [b, 1 + K] numbers instead of [b, 1 + K, d]. With N = 25,000, b = 256, K = 16,384, d = 128 one
-    side's scores, loss and gradient take 0.12 s of one CPU core and 0.2 GB, by `contrastive_scores` 6.7 s and 2.1 GB
-    (measured).
+    The gradient flows to the embedding only. Neither side is normalised here.
 
     Args:
         embedding: [b, d], any float dtype.
@@ -74,13 +49,10 @@ def gathered_scores(embedding: Tensor, memory: Tensor, rows: Tensor, *, temperat
     Raises:
         ValueError: Shapes disagree or the temperature is not above 0.
     """
-    _check_temperature(temperature)
-    if (
-        embedding.dim() != 2
-        or memory.shape[1:] != embedding.shape[1:]
-        or rows.dim() != 2
-        or len(rows) != len(embedding)
-    ):
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature!r}.")
+    fits = embedding.dim() == 2 and memory.shape[1:] == embedding.shape[1:]
+    if not fits or rows.dim() != 2 or len(rows) != len(embedding):
         raise ValueError(
             "embedding must be [b, d], memory [N, d] and rows [b, 1 + K], got "
             f"{list(embedding.shape)}, {list(memory.shape)} and {list(rows.shape)}."
@@ -88,22 +60,17 @@ def gathered_scores(embedding: Tensor, memory: Tensor, rows: Tensor, *, temperat
     dtype = result_dtype(embedding)
     with torch.autocast(embedding.device.type, enabled=False):
         products = (embedding.to(dtype) @ memory.detach().to(dtype).T).gather(1, rows)
-    return (products / temperature).exp()
+    return products / temperature
 
 
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature!r}.")
-
-
-def contrastive_nce(scores: Tensor, *, num_images: int) -> Tensor:
+def contrastive_nce(log_scores: Tensor, *, num_images: int) -> Tensor:
     """The loss of every image for one side (equation above, with `EPSILON` added to both denominators).
 
-    As ln(1 + x): with N = 25,000 an h is some 4e-5 beside c = 0.7, of which float32 would keep three digits. No value
-    is below 0, but none reaches 0 either: the floor depends on the scores, not on whether the models agree.
+    From ln h, as ln(1 + e^x): at low temperatures h spans more than float32 does, and 1 / h² in the gradient far more.
+    No value is below 0, but none reaches 0 either: the floor depends on the scores, not on whether the models agree.
 
     Args:
-        scores: [b, 1 + K] of h, divided by Z, above 0; any float dtype. The positive is in column 0.
+        log_scores: [b, 1 + K] of ln h, any float dtype. The positive is in column 0.
         num_images: N, rows of the memory.
 
     Returns:
@@ -113,14 +80,16 @@ def contrastive_nce(scores: Tensor, *, num_images: int) -> Tensor:
     Raises:
         ValueError: There is no negative, or N is below 1.
     """
-    if scores.dim() != 2 or scores.shape[1] < 2:
-        raise ValueError(f"scores must be [b, 1 + K] with K at least 1, got {list(scores.shape)}.")
+    if log_scores.dim() != 2 or log_scores.shape[1] < 2:
+        raise ValueError(f"log_scores must be [b, 1 + K] with K at least 1, got {list(log_scores.shape)}.")
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images!r}.")
-    h = scores.to(result_dtype(scores))
-    noise = (scores.shape[1] - 1) / num_images
-    positive = ((noise + EPSILON) / h[:, 0]).log1p()
-    return positive + ((h[:, 1:] + EPSILON) / noise).log1p().sum(1)
+    log_h = log_scores.to(result_dtype(log_scores))
+    noise = (log_h.shape[1] - 1) / num_images
+    zero = log_h.new_zeros(())
+    positive = torch.logaddexp(math.log(noise + EPSILON) - log_h[:, 0], zero)
+    negatives = torch.logaddexp(log_h[:, 1:], zero + math.log(EPSILON)) - math.log(noise)
+    return positive + torch.logaddexp(negatives, zero).sum(1)
 
 
 def sample_negatives(labels: Tensor, image_ids: Tensor, *, num_negatives: int, seed: int, step_key: int) -> Tensor:

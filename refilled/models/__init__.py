@@ -118,12 +118,15 @@ def _users(name: str, sources: Sources, arguments: dict[str, Any]) -> Model:
     factory = load_object(name, sources, "model")
     try:
         model = factory(**arguments)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise UserError(
             f"model {name!r} must be callable with {', '.join(arguments)}, but raises {type(error).__name__}: {error}."
         ) from error
     if not isinstance(model, Model):
         raise UserError(f"model {name!r} must return a refilled.models.Model, got {type(model).__name__}.")
+    head, wanted = getattr(model, "head", None), (model.embedding_dim, arguments["num_classes"])
+    if not isinstance(head, nn.Linear) or (head.in_features, head.out_features) != wanted:
+        raise UserError(f"model {name!r} must have a head nn.Linear{wanted}, got {head}.")
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,7 +15,7 @@ from refilled.config import Float, Searched, TermConfig
 from refilled.config.base import is_positive, require
 from refilled.errors import UserError
 from refilled.keyed import derive_seed, keyed_uint64, keyed_uniform
-from refilled.losses import contrastive_nce, gathered_scores, sample_negatives
+from refilled.losses import contrastive_logits, contrastive_nce, sample_negatives
 from refilled.terms.base import GlobalBatch, Local, Needs, Setting, Term, mean_of_rows
 
 
@@ -63,7 +64,7 @@ class Crd(Term):
     labels: Tensor
     student_memory: Tensor
     teacher_memory: Tensor
-    normalisers: Tensor
+    log_normalisers: Tensor
 
     def __init__(self, config: CrdConfig, setting: Setting) -> None:
         super().__init__(config, setting)
@@ -78,9 +79,8 @@ class Crd(Term):
         self.register_buffer("labels", setting.labels, persistent=False)
         for side in ("student", "teacher"):
             self.register_buffer(f"{side}_memory", self._start_of_memory(side))
-        self.register_buffer(
-            "normalisers", torch.zeros(2)
-        )  # Z of the student's and of the teacher's scores; 0: not yet
+        # ln Z of the student's and of the teacher's scores; NaN until the first batch has been seen.
+        self.register_buffer("log_normalisers", torch.full((2,), math.nan))
         self._has_normalisers = False
 
     def rows(self, local: Local) -> dict[str, Tensor]:
@@ -89,12 +89,12 @@ class Crd(Term):
         student = F.normalize(self.student_map(local.student.embedding.to(dtype)), dim=1)
         teacher = F.normalize(self.teacher_map(local.known_teacher.embedding.to(dtype)), dim=1)
         columns = self._columns(local)
-        of_student = gathered_scores(student, self.teacher_memory, columns, temperature=self.config.temperature)
-        of_teacher = gathered_scores(teacher, self.student_memory, columns, temperature=self.config.temperature)
+        of_student = contrastive_logits(student, self.teacher_memory, columns, temperature=self.config.temperature)
+        of_teacher = contrastive_logits(teacher, self.student_memory, columns, temperature=self.config.temperature)
         self._set_normalisers(of_student, of_teacher)
         losses = [
-            contrastive_nce(scores / normaliser, num_images=self.num_images)
-            for scores, normaliser in zip((of_student, of_teacher), self.normalisers, strict=True)
+            contrastive_nce(logits - log_z, num_images=self.num_images)
+            for logits, log_z in zip((of_student, of_teacher), self.log_normalisers, strict=True)
         ]
         return {"crd": losses[0] + losses[1], "crd_student": student.detach(), "crd_teacher": teacher.detach()}
 
@@ -142,12 +142,13 @@ class Crd(Term):
         return chosen
 
     def _set_normalisers(self, of_student: Tensor, of_teacher: Tensor) -> None:
-        """Take Z from the first global batch; later calls do nothing."""
-        if self._has_normalisers or bool((self.normalisers != 0).all()):
-            self._has_normalisers = True
-            return
-        sums = torch.stack([of_student.detach().double().sum(), of_teacher.detach().double().sum()])
-        count = torch.tensor([float(of_student.numel())], dtype=torch.float64, device=sums.device)
-        total = distributed.sum_over_workers(torch.cat((sums, count)))
-        self.normalisers.copy_(total[:2] / total[2] * self.num_images)
+        """Take ln Z from the first global batch; later calls do nothing."""
+        if not self._has_normalisers and bool(self.log_normalisers.isnan().any()):
+            # No score is above 1/τ times a row's length; so shifted, float64 holds the smallest beside the largest.
+            shift = 1 / self.config.temperature
+            sums = [(logits.detach().double() - shift).exp().sum() for logits in (of_student, of_teacher)]
+            count = torch.tensor(float(of_student.numel()), dtype=torch.float64, device=of_student.device)
+            student, teacher, number = distributed.sum_over_workers(torch.stack([*sums, count]))
+            means = torch.stack([student, teacher]) / number
+            self.log_normalisers.copy_(means.log() + shift + math.log(self.num_images))
         self._has_normalisers = True

@@ -57,7 +57,8 @@ class Vid(Term):
         student, teacher = setting.student, setting.known_teacher
         channels = pair_maps(student.feature_channels, teacher.feature_channels)
         self.means = nn.ModuleList(_regressor(own, wanted) for own, wanted in channels)
-        start = math.log(math.expm1(config.initial_variance - LEAST_VARIANCE))  # softplus of it is the variance
+        above = config.initial_variance - LEAST_VARIANCE
+        start = above + math.log(-math.expm1(-above))  # whose softplus is `above`, however large that is
         self.scales = nn.ParameterList(torch.full((wanted,), start) for _, wanted in channels)
         self._ends_in_relu = student.borders_end_in_relu, teacher.borders_end_in_relu
 

@@ -112,7 +112,8 @@ def begin_stage(learner: Learner, stage: Stage) -> None:
             image_shape=(channels, height, width),
             seed=seed,
         )
-        with torch.random.fork_rng(devices=[]):  # layers draw weights when constructed, which are replaced here
+        with torch.random.fork_rng(devices=[]):  # layers draw weights when constructed, most of which are replaced
+            torch.manual_seed(seed)
             term = kind(term_config(kind, config), setting)
         initialise(term, seed)
         terms.append(term)

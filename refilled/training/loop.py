@@ -18,6 +18,7 @@ from refilled import distributed
 from refilled.config import RunConfig
 from refilled.data.batches import epoch_batches, num_batches
 from refilled.errors import UserError
+from refilled.keyed import derive_seed
 from refilled.shared_stage import SharedStage
 from refilled.stages import Stage, check, needs_teacher, num_epochs_of, stages_of
 from refilled.storage.run_folder import Row
@@ -87,6 +88,9 @@ def run(
             learner.terms.load_state_dict(state["terms"])
             optimizer.load_state_dict(state["optimizer"])
         for epoch in range(first, stage.num_epochs):
+            # Nothing of our own draws from torch's generator. What a network of the user's draws follows from the
+            # epoch, so that a run that was interrupted goes on as if it had not been.
+            torch.manual_seed(derive_seed(config.seed, "epoch", epochs_before + epoch))
             row = _epoch(learner, stage, optimizer, epochs_before + epoch, epoch, previous=row)
             rows.append(row)
             if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == stage.num_epochs:

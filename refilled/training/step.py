@@ -31,9 +31,10 @@ def step(
         epoch=epoch,
     )
     loss = stage.weight * _sum(term.loss(rows, everyone) for term in learner.present_terms)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
     parameters = learner.parameters()
+    for parameter in parameters:  # those that the stage does not train, too: else their gradients would add up
+        parameter.grad = None
+    loss.backward()  # type: ignore[no-untyped-call]
     distributed.sum_gradients(parameters)
     norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
     optimizer.step()

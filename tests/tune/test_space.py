@@ -312,3 +312,13 @@ def test_a_term_of_the_users_is_searched_like_any_other(tmp_path):
         overrides = sample(RandomTrial(random.Random(seed)), run)
         assert ("terms.mine.strength" in overrides) == (overrides["terms.mine.kind"] == "strong")
         check(run.with_overrides(overrides))
+
+
+def test_a_weight_that_is_also_that_of_a_whole_stage_is_not_searched():
+    """A term has one set of settings: beside cross-entropy its weight would scale stage embedding too."""
+    for method, name in (
+        ("rkd>cross_entropy+rkd", "terms.rkd.weight"),
+        ("comparison>cross_entropy+comparison", "embedding.weight"),
+    ):
+        assert name not in {entry.name for entry in space(RunConfig(method=method))}
+    assert "terms.rkd.weight" in {entry.name for entry in space(RunConfig(method="cross_entropy+rkd"))}

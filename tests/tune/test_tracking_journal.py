@@ -135,7 +135,7 @@ def test_a_server_that_is_killed_and_comes_back_is_caught_up_in_the_same_run(
     assert [runs[key].data.tags["winner"] for key in ("one", "two")] == ["true", "false"]
     assert len(warnings_of(caplog)) == 1
     assert "no server answers there" in warnings_of(caplog)[0]
-    assert command(["replay", str(tmp_path)]) == 0
+    assert command([str(tmp_path)]) == 0
     assert "nothing is missing" in capsys.readouterr().out
 
 
@@ -207,12 +207,12 @@ def test_refused_artifacts_hold_back_nothing_else_and_come_later(gate, experimen
     tracker.close(timeout_s=5.0)
     runs = mirrored(gate.uri, experiment, tmp_path)
     assert statuses(runs) == dict.fromkeys(("search", "one", "two"), "FINISHED")
-    assert command(["replay", str(tmp_path)]) == 2
+    assert command([str(tmp_path)]) == 2
     output = capsys.readouterr()
     assert "2 found whole" in output.out
     assert "1 run(s) could not be sent whole: one: MLflow at" in output.err
     gate.always("pass")
-    assert command(["replay", str(tmp_path)]) == 0
+    assert command([str(tmp_path)]) == 0
     client = open_store(gate.uri, create=False)
     assert [item.path for item in client.list_artifacts(runs["one"].info.run_id)] == ["student.pt"]
 
@@ -280,7 +280,7 @@ def test_a_killed_driver_is_replayed_once_however_often_and_however_interrupted(
         driver.stdin.write("\n")
         driver.stdin.flush()
         assert driver.stdout.readline() == "told\n"
-        assert command(["replay", str(storage)]) == 0
+        assert command([str(storage)]) == 0
         assert "a running search has it" in capsys.readouterr().out
     finally:
         os.kill(driver.pid, signal.SIGKILL)
@@ -290,7 +290,7 @@ def test_a_killed_driver_is_replayed_once_however_often_and_however_interrupted(
     for more in (4, 30):  # requests until the server is gone again
         limit = gate.num_passed + more
         gate.answer = lambda method, path, limit=limit: "pass" if gate.num_passed < limit else "refuse"
-        assert command(["replay", str(storage)]) == 2
+        assert command([str(storage)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("tracking: ")
         assert error.count("\n") == 1
@@ -308,15 +308,15 @@ def test_a_killed_driver_is_replayed_once_however_often_and_however_interrupted(
     first = {
         key: (run.info.run_id, run.info.end_time) for key, run in check_replayed(gate.uri, experiment, storage).items()
     }
-    assert command(["replay", str(storage)]) == 0
+    assert command([str(storage)]) == 0
     assert "nothing is missing" in capsys.readouterr().out
-    assert command(["replay", str(storage), "--again"]) == 0
+    assert command([str(storage), "--again"]) == 0
     assert "0 run(s) sent, 0 completed, 13 found whole; 0 metric value(s) sent" in capsys.readouterr().out
     again = check_replayed(gate.uri, experiment, storage)
     assert {key: (run.info.run_id, run.info.end_time) for key, run in again.items()} == first
 
     other = f"sqlite:///{tmp_path}/other.db"
-    assert command(["replay", str(storage), "--tracking-uri", other]) == 0
+    assert command([str(storage), "--tracking-uri", other]) == 0
     assert "13 run(s) sent, 0 completed, 0 found whole; 128 metric value(s) sent" in capsys.readouterr().out
     check_replayed(other, experiment, storage)
 
@@ -360,7 +360,7 @@ def test_a_moved_storage_folder_is_replayed_into_its_own_file_without_ray(experi
     program = """
         import sys
         from tune.tracking.replay import command
-        assert command(["replay", sys.argv[1]]) == 0
+        assert command([sys.argv[1]]) == 0
         assert not {"ray", "torchvision"} & set(sys.modules)
     """
     done = subprocess.run(
@@ -390,7 +390,7 @@ def test_replay_refuses_in_one_sentence(tmp_path, capsys, arguments, part):
     journal = Journal.of_search(tmp_path / "told", "experiment", "search")
     journal.start_search(search_record(), "experiment", kept_uri("postgresql://me:secret@h/x", tmp_path))
     journal.close()
-    assert command(["replay", *(each.format(tmp=tmp_path) for each in arguments)]) == 2
+    assert command([each.format(tmp=tmp_path) for each in arguments]) == 2
     output = capsys.readouterr()
     assert part in output.err
     assert output.err.count("\n") == 1

@@ -167,6 +167,8 @@ def known_process_state(seed: int, num_threads: int) -> Iterator[None]:
     import numpy as np
     import torch
 
+    from refilled.user_code import forget_modules
+
     with torch.inference_mode(False):  # gradients on, in all their modes
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
@@ -177,6 +179,7 @@ def known_process_state(seed: int, num_threads: int) -> Iterator[None]:
             torch.use_deterministic_algorithms(False)
         _reset_precision()
         _reset_autocast()
+        forget_modules()
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)

@@ -162,7 +162,9 @@ class Workload:
     def _bank_fits(self, cell: Cell, run: RunConfig, num_images: int, num_views: int) -> bool:
         task = load_task(cell.run, cache_of(self._plan.storage))
         channels, size, _ = task.train.images.shape[1:]
-        model = build_model(run.teacher, num_classes=2, in_channels=channels, image_size=size, seed=0)
+        model = build_model(
+            run.teacher, num_classes=2, in_channels=channels, image_size=size, seed=0, sources=run.sources
+        )
         return BankFormat(num_images, num_views, model.embedding_dim, run.bank.dtype).num_bytes <= run.bank.max_bytes
 
     def _times(self, cell: Cell) -> StepTimes:

@@ -53,10 +53,11 @@ def space(run: RunConfig) -> tuple[Searched, ...]:
     """
     own = _own_settings(run)
     entries: list[Searched] = []
+    leading = {place_of(stage.terms[0]) for stage in stages_of(run)}  # whose weight is that of a whole stage
     for stage in stages_of(run):
-        for number, term in enumerate(stage.terms):
+        for term in stage.terms:
             of_term = term.searched(run)
-            if number and term.weight_space is not None:
+            if place_of(term) not in leading and term.weight_space is not None:
                 of_term = (term.weight_space, *of_term)
             entries += [_placed(entry, place_of(term)) for entry in of_term]
         if stage.name == "classifier":
