@@ -131,6 +131,7 @@ def _draw_pair(axes: Axes, pair: pd.DataFrame, styles: Mapping[str, _Style]) -> 
         if len(known):
             drawn[method] = _draw_line(axes, known, style, shift=style.place * distance)
     axes.set_xticks(overlaps)
+    axes.set_xlim(min(overlaps) - distance, max(overlaps) + distance)  # so that points of one overlap stand together
     axes.grid(axis="y", linewidth=0.5, alpha=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     return drawn

@@ -7,13 +7,13 @@ import importlib
 import keyword
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from refilled.config import RunConfig, ScheduleConfig, SearchConfig, Sources, TermConfig, TermSettings
 from refilled.errors import UserError
 from refilled.methods import TERMS, StageName, is_users, terms_of, user_terms
 from refilled.terms import Term
-from refilled.terms.base import Needs, TeacherNeed
+from refilled.terms.base import Needs, StudentNeed, TeacherNeed
 from refilled.user_code import load_object, read_source
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -103,9 +103,29 @@ def term_class(name: str, config: RunConfig) -> type[Term]:
         raise UserError(
             f"{name!r} must have a class attribute `name`, small letters, digits and _, that no term or setting has."
         )
-    if not issubclass(term.Config, TermConfig) or term.place or not isinstance(term.needs, Needs):
-        raise UserError(f"{name!r} must have a Config that is a TermConfig, needs that are Needs, and no `place`.")
+    _check_class(name, term)
     return term
+
+
+def _check_class(name: str, term: type[Term]) -> None:
+    """Refuse a term of the user's whose attributes say something that would be passed over later.
+
+    Raises:
+        UserError: Naming the attribute.
+    """
+    is_config = isinstance(term.Config, type) and issubclass(term.Config, TermConfig)
+    if not is_config or "__dataclass_fields__" not in vars(term.Config):
+        raise UserError(f"{name!r} must have a Config that is a frozen dataclass and a TermConfig.")
+    if term.place or not isinstance(term.needs, Needs):
+        raise UserError(f"{name!r} must have needs that are Needs, and no `place`.")
+    for side, known in (("student", get_args(StudentNeed)), ("teacher", get_args(TeacherNeed))):
+        odd = sorted(set(getattr(term.needs, side)) - set(known))
+        if odd:
+            raise UserError(f"{name!r} must need {', '.join(known)} of the {side}, got {odd[0]!r}.")
+    settings = {field.name for field in dataclasses.fields(term.Config)}
+    for entry in (*term.space, *([term.weight_space] if term.weight_space else ())):
+        if entry.name not in settings:
+            raise UserError(f"{name!r} must search settings of its Config, which has no {entry.name!r}.")
 
 
 def place_of(term: type[Term]) -> str:

@@ -82,10 +82,20 @@ def blaming(names: Collection[str]) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if not names:
             raise
-        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith("<")]
-        where = f", in line {own[-1].lineno} of {own[-1].filename[1:].rpartition(' ')[0]}" if own else ""
         said = " ".join(str(error).split()) or "no message"
+        where = _place_in_users_file(error)
         raise UserError(f"{', '.join(names)} cannot be used: {type(error).__name__}: {said}{where}.") from error
+
+
+def _place_in_users_file(error: BaseException) -> str:
+    """Where in a file of the user's an error was raised, nothing where it was not raised in one."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    return f", in line {frames[-1].lineno} of {frames[-1].filename[1:].rpartition(' ')[0]}" if frames else ""
+
+
+def _is_users(filename: str) -> bool:
+    """As `_module` names what it compiles: `<path digest>`."""
+    return filename.startswith("<") and ".py " in filename
 
 
 def forget_modules() -> None:
@@ -110,7 +120,7 @@ def _module(path: str, text: str, field_name: str) -> types.ModuleType:
         del sys.modules[name]
         if not isinstance(error, (Exception, SystemExit)):
             raise
-        raised = f"{type(error).__name__}: {error}"
+        raised = f"{type(error).__name__}: {error}{_place_in_users_file(error)}"
         raise UserError(
             f"{field_name} must name a Python file that can be run, but {path!r} raises {raised}."
         ) from error

@@ -64,7 +64,10 @@ def test_content_hash_sees_every_leaf() -> None:
         (lambda: RunConfig(overlap=1.5), "overlap must be in"),
         (lambda: RunConfig(method="distil"), "method must be one of student, kd"),
         (lambda: RunConfig(method="comparison>cross_entropy", epochs=(0, 5)), "at least 1 for stage embedding of"),
-        (lambda: SearchConfig(methods=("kd", "cross_entropy+kd")), "methods must be different methods"),
+        (
+            lambda: SearchConfig(methods=("kd", "cross_entropy+kd")),
+            "methods must be different, but they are",
+        ),
         (lambda: SearchConfig(methods=()), "methods must be at least one value"),
         (lambda: RunConfig(epochs=(0, 5)), "at least 1 for stage embedding of refilled"),
         (lambda: RunConfig(precision="float16"), "precision must be one of"),  # type: ignore[arg-type]

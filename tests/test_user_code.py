@@ -207,6 +207,29 @@ def test_what_is_no_network_is_refused(name: str, sentence: str, own: Path) -> N
         )
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('student=frozenset({"embedding"})', 'student=frozenset({"embeding"})', "of the student, got 'embeding'"),
+        ('teacher=frozenset({"embedding"})', 'teacher=frozenset({"maps"})', "of the teacher, got 'maps'"),
+        ('Searched("weight"', 'Searched("wieght"', "must search settings of its Config, which has no 'wieght'"),
+        ("@dataclass(frozen=True, kw_only=True)\n", "", "a Config that is a frozen dataclass"),
+        (
+            "(frozen=True, kw_only=True)",
+            "(kw_only=True)",
+            "cannot inherit non-frozen dataclass from a frozen one, in line",
+        ),
+        ("needs: ClassVar[Needs] = Needs(", "needs: ClassVar[Needs] = dict(", "must have needs that are Needs"),
+    ],
+)
+def test_an_attribute_that_would_be_passed_over_is_refused(old: str, new: str, sentence: str, own: Path) -> None:
+    assert old in TERM
+    (own / "own.py").write_text(TERM.replace(old, new))
+    with pytest.raises(UserError) as caught:
+        check(small(f"{own}/own.py:Regression"))
+    assert sentence in str(caught.value)
+
+
 def test_two_terms_of_one_name_are_refused(own: Path) -> None:
     (own / "other.py").write_text(TERM + "\n")
     with pytest.raises(UserError, match="two classes are called 'regression'"):

@@ -157,6 +157,8 @@ class _Flags:
             dotted, value = f"{prefix}{each.name}", getattr(config, each.name)
             if dotted in self._hidden:
                 continue
+            if isinstance(value, TermSettings) and not self._terms:
+                continue
             if isinstance(value, Config):
                 fields.append(self._nested(each.name, value, dotted))
                 continue

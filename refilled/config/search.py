@@ -24,7 +24,8 @@ class SearchConfig(Config):
     """What every run of the search shares; cells, methods and trials vary it."""
     methods: tuple[str, ...] = ("student", "refilled")
     """Methods that are compared in every cell, each with a study of its own: names such as student, refilled or rkd, or
-    terms by stage such as 'rkd>cross_entropy+lkd'. --method A is short for --methods student A."""
+    terms by stage such as 'rkd>cross_entropy+lkd' with your own as path/file.py:Name. --method A is short for --methods
+    student A."""
     overlaps: tuple[float, ...] = (0.0, 0.4, 1.0)
     """Overlap ratios of the grid (section 5.1.1)."""
     teachers: tuple[str, ...] = ("convnet-32",)
@@ -86,7 +87,9 @@ class SearchConfig(Config):
             require(len(values) >= 1, name, "at least one value", values)
             require(len(set(values)) == len(values), name, "different values", values)
         spelled = [composition(method) for method in self.methods]
-        require(len(set(spelled)) == len(spelled), "methods", "different methods", self.methods)
+        require(
+            len(set(spelled)) == len(spelled), "methods", f"different, but they are {', '.join(spelled)}", self.methods
+        )
         for overlap in self.overlaps:
             require(0 <= overlap <= 1, "overlaps", "in [0, 1]", overlap)
         require(self.trials >= 1, "trials", "at least 1", self.trials)

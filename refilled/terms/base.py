@@ -154,7 +154,8 @@ class GlobalBatch:
 class Term(nn.Module):
     """One loss term. Its parameters and buffers are trained, saved, resumed and summed over workers with the student's.
 
-    A term is one file and one line in `refilled.methods.TERMS`. Parameters get initial weights as a model's layers do
+    A term of the package is one file and one line in `refilled.methods.TERMS`; one of a user's is a class in a file of
+    theirs. Parameters get initial weights as a model's layers do
     (`refilled.models.initialise`), keyed by the run's seed and their name; what the constructor sets otherwise stays.
 
     Attributes:
