@@ -72,7 +72,7 @@ def run_command(
             return main(config.with_overrides(maker.changes(flags, config)))
 
         parsed.__annotations__["flags"] = Annotated[flags, Parameter(name="*")]  # a class made at run time
-        parsed.__kwdefaults__ = {"flags": None}
+        parsed.__kwdefaults__ = {"flags": flags()}  # not None, which cyclopts refuses where Pydantic is loaded
         app.default(parsed)
         code = app(others)
         return code if isinstance(code, int) else 0
@@ -179,8 +179,6 @@ class _Flags:
     def changes(self, flags: Any, config: Config, prefix: str = "") -> dict[str, Any]:
         """Dotted names to the values that differ from the preset's."""
         found: dict[str, Any] = {}
-        if flags is None:
-            return found
         for each in dataclasses.fields(flags):
             value = getattr(flags, each.name)
             before = self._terms[each.name] if isinstance(config, TermSettings) else getattr(config, each.name)

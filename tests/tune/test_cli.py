@@ -113,7 +113,7 @@ REFUSED = [
     ("--methods=", "method must be one of student, kd,"),
     ("--methods nosuch>cross_entropy", "got 'nosuch>cross_entropy'"),
     ("--methods kd kd", "methods must be different values"),
-    ("--methods kd cross_entropy+kd", "methods must be different methods"),
+    ("--methods kd cross_entropy+kd", "methods must be different, but they are cross_entropy+kd, cross_entropy+kd"),
     ("--methods rkd>cross_entropy>kd", "method must be one of student, kd,"),
     ("--methods student>kd", "got 'student>kd'"),
     ("--methods student refilled --epochs 0 3", "epochs must be at least 1 for stage embedding"),

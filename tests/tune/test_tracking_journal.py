@@ -292,7 +292,7 @@ def test_a_killed_driver_is_replayed_once_however_often_and_however_interrupted(
         gate.answer = lambda method, path, limit=limit: "pass" if gate.num_passed < limit else "refuse"
         assert command([str(storage)]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("tracking: ")
+        assert error.startswith("sync: ")
         assert error.count("\n") == 1
     assert 1 < len(mirrored_keys(gate, experiment)) < 13
 

@@ -148,10 +148,12 @@ class Allocation:
         """Studies that are compared with each other and may go on, those with the fewest trials first."""
         groups: dict[str, list[CellStudy]] = {}
         for cell in self._cells:
-            if not cell.gave_up and not self._misses_deadline(cell):
+            if not cell.gave_up:
                 groups.setdefault(cell.plan.group or cell.plan.key, []).append(cell)
         ordered = [
-            sorted(group, key=lambda each: each.started + given.get(each.plan.key, 0)) for group in groups.values()
+            sorted(group, key=lambda each: each.started + given.get(each.plan.key, 0))
+            for group in groups.values()
+            if not any(self._misses_deadline(each) for each in group)
         ]
         return [
             group
