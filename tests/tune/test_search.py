@@ -233,6 +233,7 @@ def test_a_method_more_goes_on_with_the_others_studies(tmp_path: Path) -> None:
     after = trials_of(tmp_path)
     assert {cell.split()[-1] for cell in after.keys() - before.keys()} == {"refilled_lkd", "at"}
     assert {cell: after[cell] for cell in before} == before
+    assert len(optuna.get_all_study_names(f"sqlite:///{tmp_path / 'studies.db'}")) == len(methods)
     assert [each["trial"] for each in summary[:2]] == [each["trial"] for each in first]
     assert [each["test_accuracy"] for each in summary[:2]] == [each["test_accuracy"] for each in first]
     for each in summary:
