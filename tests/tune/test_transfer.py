@@ -39,6 +39,15 @@ def test_teachers_count_as_much_as_students():
     assert donors(Place(1.0), [far, near]) == (near.name,)
 
 
+def test_the_digits_of_a_users_path_say_nothing_of_the_size_of_a_network():
+    zero, one, two = (f"try-{number}/own.py:Net" for number in range(3))
+    far, near = Place(1.0, teacher=zero, student="wrn-40-2"), Place(1.0, teacher=zero)
+    assert donors(Place(1.0, teacher=one), [far, near]) == (near.name,)
+    assert donors(Place(1.0, student=two), [Place(1.0, student=one), Place(1.0, student=zero)]) == (
+        Place(1.0, student=one).name,  # equally far, so the first
+    )
+
+
 def study_with(*trials):
     study = optuna.create_study(direction="maximize")
     for origin, value in trials:

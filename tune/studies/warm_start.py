@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from optuna.trial import FrozenTrial, TrialState
 
+from refilled.methods import is_users
+
 
 class Place(Protocol):
     """Where a cell lies on the grid."""
@@ -63,9 +65,14 @@ def _distance(one: Place, other: Place) -> float:
 
 
 def _between(one: str, other: str) -> float:
-    """`wrn-40-2` and `wrn-16-2` differ by log(40 / 16); another family is farther than any depth or width."""
+    """`wrn-40-2` and `wrn-16-2` differ by log(40 / 16); another family is farther than any depth or width.
+
+    So is a network of the user's own: the digits of its path say nothing of its size.
+    """
     if one == other:
         return 0.0
+    if is_users(one) or is_users(other):
+        return 100.0
     sizes, other_sizes = re.findall(r"\d+", one), re.findall(r"\d+", other)
     if one.partition("-")[0] != other.partition("-")[0] or len(sizes) != len(other_sizes):
         return 100.0
