@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.summary import SHORT_VANILLA, in_order
+from analysis.summary import in_order
 from analysis.tables import pair_name, plain_text, require_one_search
-from refilled.methods import VANILLA
+from refilled.methods import SHORT_VANILLA, VANILLA
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,14 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from refilled.errors import UserError
-from refilled.methods import VANILLA
+from refilled.methods import NO_TEACHER, SHORT_VANILLA, VANILLA
 from refilled.statistics import mean_and_ci95
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SHORT_VANILLA = f"{VANILLA}, classifier epochs only"
-NO_TEACHER = "none"  # the tag `teacher` of runs that all teachers of their search share
 CELL = ["search_key", "overlap", "teacher", "student"]
 COLUMNS = (
     *CELL,

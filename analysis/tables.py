@@ -6,9 +6,9 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from analysis.summary import CELL, NO_TEACHER, SHORT_VANILLA, differences, in_order
+from analysis.summary import CELL, differences, in_order
 from refilled.data.text import shown
-from refilled.methods import VANILLA
+from refilled.methods import NO_TEACHER, SHORT_VANILLA, VANILLA
 
 if TYPE_CHECKING:
     import pandas as pd

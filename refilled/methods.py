@@ -51,6 +51,10 @@ METHODS: Mapping[str, str] = {**_NAMED, **_BESIDE}
 
 VANILLA = "student"
 """The method that has no teacher, beside which the others are judged."""
+SHORT_VANILLA = f"{VANILLA}, classifier epochs only"
+"""What tables call its refits with the classifier stage's epochs alone, which a two-stage method also has."""
+NO_TEACHER = "none"
+"""The teacher, where one is named, of runs that ask none and so are shared by all teachers of their search."""
 
 _USER = re.compile(r"[^+>:\s][^+>:]*\.py:[A-Za-z_][A-Za-z0-9_]*")
 

@@ -14,10 +14,11 @@ import refilled
 from refilled.config import RunConfig, SearchConfig, content_hash
 from refilled.data.label_space import NAMED_ORDERS, LabelSpaces
 from refilled.data.sources import validate_source
+from refilled.embedding_cache.site import epochs_with_teacher
 from refilled.errors import UserError
 from refilled.execution import cache_of
 from refilled.identity import run_key
-from refilled.methods import has_embedding_stage, name_of
+from refilled.methods import NO_TEACHER, has_embedding_stage, name_of
 from refilled.models import validate_model_name
 from refilled.rehearsal import rehearse
 from refilled.stages import complete, named_by_user, needs_teacher, num_epochs_of, stages_of, with_own_code
@@ -29,7 +30,6 @@ from tune.studies.space import as_data, default_point
 from tune.studies.study_store import StudyPlan
 from tune.studies.warm_start import donors
 
-NO_TEACHER = "none"
 # What the trials of a deterministic search depend on, beside its cells.
 _SHAPING = (
     "trials",
@@ -124,6 +124,15 @@ class Plan:
             and cell.teacher in (place.teacher, NO_TEACHER)
         }
         return {method: found[method] for method in self.search.methods}
+
+    def num_sharing_runs(self, per_study: int) -> int:
+        """Runs that ask the same teacher about the same images: of all students and methods of an overlap.
+
+        Args:
+            per_study: Runs of each study: its trials, or the refits of its winner.
+        """
+        asking = {cell.method for cell in self.cells if epochs_with_teacher(cell.run)}
+        return max(1, len(self.search.students) * len(asking) * per_study)
 
     @cached_property
     def key(self) -> str:

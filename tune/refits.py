@@ -58,7 +58,7 @@ def refit_winners(
         recorder.open_refit(each.cell, each.run, each.role)
     progress.start_jobs("refitting winners", len(wanted))
     tested: dict[str, float | None] = {}
-    sharing = len(plan.search.students) * len(plan.search.methods) * plan.search.seeds
+    sharing = plan.num_sharing_runs(plan.search.seeds)
     jobs = [JobSpec("refit", key, each.run, sharing) for key, each in wanted.items()]
     for result in run_jobs(jobs, plan.storage, resources):
         each = wanted[result.job.name]

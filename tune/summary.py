@@ -10,14 +10,13 @@ from typing import Any
 from rich.table import Table
 
 from refilled.config import RunConfig, ScheduleConfig
-from refilled.methods import VANILLA, composition
+from refilled.methods import SHORT_VANILLA, VANILLA, composition
 from refilled.stages import place_of, stages_of, term_config
 from refilled.statistics import mean_and_ci95
 from tune.plan import Cell, Place, Plan
-from tune.studies.space import Edge
+from tune.studies.space import Edge, searched_of
 
 _SYMBOLS = {"temperature": "τ", "distill_weight": "λ", "max_negatives": "K̂"}
-SHORT = f"{VANILLA}, classifier epochs only"
 
 
 @dataclass
@@ -167,7 +166,7 @@ def table(results: Sequence[dict[str, Any]], seeds: int) -> Table:
         for each in group:
             shown.add_row(*_cells(each))
             if each["method"] == VANILLA and each["baseline_short_run_keys"] != each["run_keys"]:
-                shown.add_row("", "", SHORT, "", "", "", _interval(each["baseline_short_test_accuracy"]), "")
+                shown.add_row("", "", SHORT_VANILLA, "", "", "", _interval(each["baseline_short_test_accuracy"]), "")
         shown.add_section()
     return shown
 
@@ -195,11 +194,9 @@ def settings(config: dict[str, Any]) -> str:
     lines = []
     for stage in stages_of(run):
         words = []
-        for number, term in enumerate(stage.terms):
-            weight = (term.weight_space,) if number and term.weight_space is not None else ()
-            values = term_config(term, run).flat()
+        for term, entry in searched_of(stage, run):
             prefix = "" if place_of(term) in ("embedding", "classifier") else f"{term.name} "
-            words += [f"{prefix}{_setting(each.name, values[each.name])}" for each in (*weight, *term.searched(run))]
+            words.append(f"{prefix}{_setting(entry.name, term_config(term, run).flat()[entry.name])}")
         words.append(_schedule(stage.schedule))
         if stage.name == "classifier":
             words.append(f"decay {run.optimizer.weight_decay:.2g}")

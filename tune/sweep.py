@@ -85,7 +85,7 @@ def run_search(
         trial_function(
             resources,
             plan.storage,
-            num_sharing_runs=num_sharing_runs(plan),
+            num_sharing_runs=plan.num_sharing_runs(search.trials),
             backend=search.trial_backend,
             share_embeddings=search.share_embeddings,
         ),
@@ -153,16 +153,10 @@ def _say_what_banks_will_do(plan: Plan, progress: Progress) -> None:
     epochs = epochs_with_teacher(most)
     if not epochs:
         return
-    num_views, sharing = len(Views(most.views).view_ids), num_sharing_runs(plan)
+    num_views, sharing = len(Views(most.views).view_ids), plan.num_sharing_runs(plan.search.trials)
     built = {"bank": True, "live": False, "auto": bank_pays(most, num_views, sharing)}[most.bank.mode]
     progress.note(
         f"Teacher's passes over the data, for each overlap: {num_views} to fill a bank of all views, up to "
         f"{sharing * epochs} for {sharing} trials of {epochs} epochs without: "
         f"{'banks are used' if built else 'the teacher runs in every step, unless a bank is there already'}."
     )
-
-
-def num_sharing_runs(plan: Plan) -> int:
-    """Trials that ask the same teacher about the same images: of all students and methods of an overlap."""
-    asking = {cell.method for cell in plan.cells if epochs_with_teacher(cell.run)}
-    return max(1, len(plan.search.students) * len(asking) * plan.search.trials)

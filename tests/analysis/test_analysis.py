@@ -11,10 +11,11 @@ import pytest
 from analysis.plots import accuracy_over_overlap, save_figure
 from analysis.report import app
 from analysis.runs import ALL_SEARCHES, fetch_runs
-from analysis.summary import SHORT_VANILLA, summarise
+from analysis.summary import summarise
 from analysis.tables import details_table, differences_table, mean_with_interval, overlap_table
 from refilled.command import run_app
 from refilled.errors import UserError
+from refilled.methods import SHORT_VANILLA
 from tune.tracking.tracker import Tracker, resolve_tracking_uri
 
 REPORT = Path(__file__).parents[2] / "analysis" / "report.py"

@@ -7,8 +7,9 @@ import pytest
 
 from analysis.plots import accuracy_over_overlap
 from analysis.report import write_report
-from analysis.summary import COLUMNS, DIFFERENCE_COLUMNS, NO_TEACHER, SHORT_VANILLA, differences, summarise
+from analysis.summary import COLUMNS, DIFFERENCE_COLUMNS, differences, summarise
 from analysis.tables import details_table, differences_table, document, escape_markdown, overlap_table
+from refilled.methods import NO_TEACHER, SHORT_VANILLA
 
 T2, T1 = 4.302653, 12.706205  # 97.5 % quantiles of Student's t with 2 and with 1 degrees of freedom
 STUDENT = {0: 0.60, 1: 0.62, 2: 0.64}

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from refilled.methods import SHORT_VANILLA
 from refilled.presets import smoke
 from tune.plan import Cell, Plan, make_plan
 from tune.studies.space import edges
-from tune.summary import SHORT, MethodResult, Refits, paired, remarks, rows, settings, table
+from tune.summary import MethodResult, Refits, paired, remarks, rows, settings, table
 
 SMALL, LARGE = "convnet-16", "convnet-32"
 STUDENT = "student"
+IN_ONE = "rkd+comparison>cross_entropy+lkd+crd"
 # Test accuracies of two seeds.
 TESTED = {
     ("none", "student"): (0.50, 0.60),
@@ -158,7 +160,7 @@ def test_without_two_stages_in_the_search_the_short_student_is_the_student(stora
     for each in found:
         assert each["baseline_short_test_accuracy"] == [0.50, 0.60]
         assert each["baseline_short_run_keys"] == each["baseline_run_keys"]
-    assert SHORT not in printed(table(found, 2))
+    assert SHORT_VANILLA not in printed(table(found, 2))
 
 
 def test_rows_have_the_order_in_which_methods_were_asked_for(storage: Path) -> None:
@@ -219,11 +221,11 @@ def test_the_table_has_a_line_a_method(storage: Path) -> None:
     networks = [f"{teacher} > convnet-8" for teacher in (SMALL, LARGE)]
     assert [each for each in shown if each[1]] == [  # a second stage has a line of settings alone
         (networks[0], "student", "8", "55.00 ± 63.53", ""),
-        ("", SHORT, "", "42.00 ± 25.41", ""),
+        ("", SHORT_VANILLA, "", "42.00 ± 25.41", ""),
         (networks[0], "refilled", "8", "64.00 ± 50.82", "+9.00 ± 12.71"),
         (networks[0], "rkd", "8", "57.00 ± 25.41", "+2.00 ± 38.12"),
         (networks[1], "student", "8", "55.00 ± 63.53", ""),
-        ("", SHORT, "", "42.00 ± 25.41", ""),
+        ("", SHORT_VANILLA, "", "42.00 ± 25.41", ""),
         (networks[1], "refilled", "8", "70.00 ± 0.00", "+15.00 ± 63.53"),
         (networks[1], "rkd", "8", "54.00 ± 76.24", "-1.00 ± 12.71"),
     ]
@@ -232,15 +234,23 @@ def test_the_table_has_a_line_a_method(storage: Path) -> None:
 
 
 def test_settings_are_those_that_are_searched_a_line_a_stage(storage: Path) -> None:
-    plan = planned(storage, methods=(STUDENT, "refilled", "rkd", "rkd+comparison>cross_entropy+lkd+crd"))
+    plan = planned(storage, methods=(STUDENT, "refilled", "rkd", IN_ONE, "rkd>cross_entropy+rkd"))
     said = {cell.method: settings(cell.run.to_dict()).splitlines() for cell in plan.cells}
     assert said[STUDENT] == ["cosine 0.1, decay 0.0005"]
     assert said["refilled"] == ["τ 0.5, K̂ ∞, cosine 0.1", "λ 1, τ 1, cosine 0.1, decay 0.0005"]
     assert said["rkd"] == ["rkd angle ratio 2, cosine 0.1", "cosine 0.1, decay 0.0005"]
-    assert said["rkd+comparison>cross_entropy+lkd+crd"] == [
+    assert said[IN_ONE] == [
         "rkd angle ratio 2, weight 10, τ 0.5, K̂ ∞, cosine 0.1",
         "λ 1, τ 1, crd weight 0.8, crd τ 0.07, cosine 0.1, decay 0.0005",
     ]
+    # A term that leads a stage has no weight that is searched, in another stage neither.
+    assert said["rkd>cross_entropy+rkd"][1] == "rkd angle ratio 2, cosine 0.1, decay 0.0005"
+
+
+def test_runs_that_would_share_a_bank_are_those_that_ask_the_same_teacher(storage: Path) -> None:
+    assert planned(storage).num_sharing_runs(3) == 6  # of refilled and rkd, whatever the number of teachers
+    assert planned(storage, students=("convnet-8", "convnet-4")).num_sharing_runs(3) == 12
+    assert planned(storage, methods=(STUDENT, "fitnet")).num_sharing_runs(3) == 1  # which no bank can serve
 
 
 def test_a_winner_at_the_end_of_a_range_is_remarked(storage: Path) -> None:

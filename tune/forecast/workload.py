@@ -69,7 +69,7 @@ class Workload:
             cell,
             cell.run,
             on_all=False,
-            num_sharing_runs=self._sharing(search.trials),
+            num_sharing_runs=self._plan.num_sharing_runs(search.trials),
             fixed_s=GROUP_TRIAL_S if is_group else TRIAL_S,
             row_s=GROUP_ROW_S if is_group else ROW_S,
         )
@@ -85,11 +85,6 @@ class Workload:
             works += [self._refit(cell, run) for run in variants for _ in range(search.seeds)]
         return works
 
-    def _sharing(self, count: int) -> int:
-        """Runs, `count` of a method, that ask the same teacher about the same images."""
-        asking = {cell.method for cell in self._plan.cells if epochs_with_teacher(cell.run)}
-        return max(1, len(self._plan.search.students) * len(asking) * count)
-
     def _refit(self, cell: Cell, run: RunConfig) -> Work:
         search, times = self._plan.search, self._times(cell)
         train, held_out, _ = self._images(cell)
@@ -98,7 +93,7 @@ class Workload:
             cell,
             run,
             on_all=True,
-            num_sharing_runs=self._sharing(search.seeds),
+            num_sharing_runs=self._plan.num_sharing_runs(search.seeds),
             fixed_s=JOB_S + group_s + TEST_SHARE * (train + held_out) * times.accuracy_s / self._resources.num_workers,
             row_s=0.0,
         )

@@ -18,7 +18,8 @@ from typing import Any
 import optuna
 
 from refilled.config import Choice, Float, RunConfig, Searched
-from refilled.stages import place_of, stages_of, term_config
+from refilled.stages import Stage, place_of, stages_of, term_config
+from refilled.terms import Term
 
 FIRST_MILESTONE = "schedule.first_milestone"
 EDGE = 0.02  # of a range, at both ends
@@ -53,13 +54,8 @@ def space(run: RunConfig) -> tuple[Searched, ...]:
     """
     own = _own_settings(run)
     entries: list[Searched] = []
-    leading = {place_of(stage.terms[0]) for stage in stages_of(run)}  # whose weight is that of a whole stage
     for stage in stages_of(run):
-        for term in stage.terms:
-            of_term = term.searched(run)
-            if place_of(term) not in leading and term.weight_space is not None:
-                of_term = (term.weight_space, *of_term)
-            entries += [_placed(entry, place_of(term)) for entry in of_term]
+        entries += [_placed(entry, place_of(term)) for term, entry in searched_of(stage, run)]
         if stage.name == "classifier":
             entries.append(_WEIGHT_DECAY)
         entries += _schedule(stage.name)
@@ -69,6 +65,17 @@ def space(run: RunConfig) -> tuple[Searched, ...]:
         dataclasses.replace(entry, domain=entry.domain.holding(own[entry.name])) if entry.name in own else entry
         for entry in unique
     )
+
+
+def searched_of(stage: Stage, run: RunConfig) -> list[tuple[type[Term], Searched]]:
+    """What is searched of a stage's terms, each with its term and under the term's own names."""
+    leading = {place_of(each.terms[0]) for each in stages_of(run)}  # whose weight is that of a whole stage
+    found: list[tuple[type[Term], Searched]] = []
+    for term in stage.terms:
+        if place_of(term) not in leading and term.weight_space is not None:
+            found.append((term, term.weight_space))
+        found += [(term, entry) for entry in term.searched(run)]
+    return found
 
 
 def _placed(entry: Searched, place: str) -> Searched:
