@@ -11,9 +11,9 @@ from refilled import distributed
 from refilled.config import RunConfig
 from refilled.embedding_cache.bank import bank_for
 from refilled.errors import UserError
-from refilled.identity import run_key
+from refilled.identity import run_key, stage_key
 from refilled.methods import has_embedding_stage
-from refilled.shared_stage import SharedStage, embedding_key, embeddings_of
+from refilled.shared_stage import SharedStage, embeddings_of
 from refilled.stages import complete, needs_teacher
 from refilled.storage import mirror
 from refilled.storage.model_file import load_model
@@ -165,7 +165,7 @@ def _shared_stage(
     if teacher is None or not has_embedding_stage(config.method):
         return None
     return SharedStage(
-        path=embeddings_of(storage) / embedding_key(config, task.spaces, task.data_digest),
+        path=embeddings_of(storage) / stage_key(config, task.spaces, task.data_digest),
         num_epochs=config.epochs[0],
         teacher=teacher.identity,
         run=folder,

@@ -158,21 +158,21 @@ def determining(config: RunConfig, stages: tuple[Stage, ...] | None = None) -> d
     return found
 
 
-def determines_later_stages_only(name: str, config: RunConfig) -> bool:
-    """Whether another value of a setting leaves a run's first stage as it is.
+def determines_first_stage(name: str, config: RunConfig) -> bool:
+    """Whether another value of a setting may change a run's first stage.
 
     Args:
         name: Dotted, of a `RunConfig` or derived from one of its parts (`embedding.schedule.first_milestone`). The
-            answer is no for a name that is not known, and for `epochs`, of which the first stage has the first.
+            answer is yes for a name that is not known, and for `epochs`, of which the first stage has the first.
         config: The run's configuration.
     """
     if name in _INDIFFERENT:
-        return True
+        return False
     first = stages_of(config)[0]
     read = {first.name, *(place_of(term) for term in first.terms)}
     head, *rest = name.split(".")
     owner = ".".join((head, *rest[:1])) if head == "terms" else head
-    return (owner == "classifier" or head == "terms") and owner not in read
+    return owner in read or (owner != "classifier" and head != "terms")
 
 
 def _portable(name: str, config: RunConfig) -> str:

@@ -22,30 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from refilled import distributed
-from refilled.config import RunConfig
-from refilled.data.label_space import LabelSpaces
 from refilled.errors import UserError
-from refilled.identity import determines_later_stages_only, stage_key
 from refilled.storage import mirror
 from refilled.storage.run_folder import Row, RunFolder
 from refilled.storage.store import only_here, read_json, write_json
 from refilled.storage.tensor_file import load_tensors, save_tensors
 
 _log = logging.getLogger(__name__)
-
-
-def embedding_key(config: RunConfig, spaces: LabelSpaces, data_digest: str) -> str:
-    """Content hash of everything that determines a finished embedding stage, rows and weights, followed by its seed.
-
-    Raises:
-        ValueError: The method has no such stage.
-    """
-    return stage_key(config, spaces, data_digest)
-
-
-def determines_embedding(name: str, config: RunConfig) -> bool:
-    """Whether another value of a setting, named by its dotted name, may make another embedding stage of a run."""
-    return not determines_later_stages_only(name, config)
 
 
 def embeddings_of(storage: Path) -> Path:
@@ -66,7 +49,7 @@ class SharedStage:
     """The folder of one embedding stage, as one run sees it.
 
     Attributes:
-        path: that folder, named by `embedding_key`; it need not exist.
+        path: that folder, named by `refilled.identity.stage_key`; it need not exist.
         num_epochs: of the stage.
         teacher: identity of the run's teacher; what was learned from another one is not taken.
         run: folder of the run, which has the rows of the stage once it has trained it.

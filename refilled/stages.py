@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from refilled.config import RunConfig, ScheduleConfig, SearchConfig, Sources, TermConfig, TermSettings
+from refilled.data.label_space import LabelSpaces
 from refilled.errors import UserError
 from refilled.methods import TERMS, StageName, is_users, terms_of, user_terms
 from refilled.terms import Term
@@ -159,6 +160,21 @@ def num_epochs_of(config: RunConfig) -> int:
 def needs_teacher(config: RunConfig) -> bool:
     """Whether any stage of a run asks the teacher."""
     return any(stage.needs_teacher for stage in stages_of(config))
+
+
+def check_classes(config: RunConfig, spaces: LabelSpaces) -> None:
+    """Refuse a run whose terms need a teacher of the student's own classes, where it has others.
+
+    Raises:
+        UserError: With the numbers of both.
+    """
+    same = any(term.needs.same_classes for stage in stages_of(config) for term in stage.terms)
+    if same and spaces.teacher != spaces.student:
+        raise UserError(
+            f"method {config.method} needs a teacher with exactly the student's classes (Eq. 2; see "
+            f"num_teacher_classes and num_student_classes), got {len(spaces.teacher)} teacher and "
+            f"{len(spaces.student)} student classes that differ."
+        )
 
 
 def with_own_code(config: RunConfig) -> RunConfig:

@@ -20,9 +20,10 @@ from PIL import Image
 
 from refilled.config import RunConfig
 from refilled.execution import cache_of, execute, refit, run_folder
+from refilled.identity import determines_first_stage, stage_key
 from refilled.models import build_model
 from refilled.presets import smoke
-from refilled.shared_stage import SharedStage, determines_embedding, embedding_key, embeddings_of
+from refilled.shared_stage import SharedStage, embeddings_of
 from refilled.storage.run_folder import RunFolder
 from refilled.storage.store import only_here, write_json
 from refilled.storage.tensor_file import load_tensors
@@ -57,7 +58,7 @@ def cpu(run: RunConfig) -> Compute:
 
 def key_of(run: RunConfig, storage: Path) -> str:
     task = load_task(run, cache_of(storage))
-    return embedding_key(run, task.spaces, task.data_digest)
+    return stage_key(run, task.spaces, task.data_digest)
 
 
 def share(run: RunConfig, storage: Path, on_report: Callable[[dict[str, Any]], None] | None = None) -> Rows:
@@ -405,7 +406,7 @@ def base(first: RunConfig) -> RunConfig:
 
 def test_every_setting_is_classified(base: RunConfig) -> None:
     assert list(SETTINGS) == list(base.flat())
-    assert {name: determines_embedding(name, base) for name in SETTINGS} == {
+    assert {name: determines_first_stage(name, base) for name in SETTINGS} == {
         name: SETTINGS[name][1] for name in SETTINGS
     }
 
@@ -476,14 +477,14 @@ def test_setting_that_is_not_in_the_key_makes_no_other_stage(base: RunConfig, st
     ],
 )
 def test_names_that_are_no_leaves(name: str, expected: bool, base: RunConfig) -> None:
-    assert determines_embedding(name, base) is expected
+    assert determines_first_stage(name, base) is expected
 
 
 def test_settings_of_terms_determine_the_stage_that_reads_them(base: RunConfig) -> None:
     run = base.with_overrides({"method": "rkd>cross_entropy+vid"})
-    assert determines_embedding("terms.rkd.angle_ratio", run)
-    assert not determines_embedding("terms.vid.weight", run)
-    assert not determines_embedding("classifier.schedule.kind", run)
+    assert determines_first_stage("terms.rkd.angle_ratio", run)
+    assert not determines_first_stage("terms.vid.weight", run)
+    assert not determines_first_stage("classifier.schedule.kind", run)
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------

@@ -142,6 +142,8 @@ def test_run_key_forgets_what_the_method_does_not_use(digits_run: RunConfig, sto
     assert key(digits_run) == key(digits_run.with_overrides({"data": "imagefolder:/elsewhere"}))
 
 
+# torch.compile hides this warning of its own by `warnings.showwarning`, which a filter "error" comes before.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("method", ["student", "vid"])  # without and with a part of a term's own
 def test_compiled_student_learns_alike(method: str, digits_run: RunConfig, storage: Path, compute: Compute) -> None:
     run = dataclasses.replace(digits_run, method=method, epochs=(0, 1))

@@ -21,7 +21,15 @@ from refilled.identity import run_key
 from refilled.methods import NO_TEACHER, has_embedding_stage, name_of
 from refilled.models import validate_model_name
 from refilled.rehearsal import rehearse
-from refilled.stages import complete, named_by_user, needs_teacher, num_epochs_of, stages_of, with_own_code
+from refilled.stages import (
+    check_classes,
+    complete,
+    named_by_user,
+    needs_teacher,
+    num_epochs_of,
+    stages_of,
+    with_own_code,
+)
 from refilled.storage.mirror import open_storage
 from refilled.storage.store import require_writable
 from refilled.tasks.classification import load_task, verify_test_images
@@ -211,9 +219,7 @@ def _cell(template: RunConfig, method: str, overlap: float, teacher: str, studen
         run = run_of_method(place, method, template.epochs)
         default_point(run)
     task = load_task(run, cache_of(storage))
-    same_classes = any(term.needs.same_classes for stage in stages_of(run) for term in stage.terms)
-    if same_classes and task.spaces.teacher != task.spaces.student:
-        raise UserError(f"method {method} needs num_teacher_classes and num_student_classes to be equal (Eq. 2).")
+    check_classes(run, task.spaces)
     return Cell(
         overlap=overlap,
         teacher=teacher if needs_teacher(run) else NO_TEACHER,

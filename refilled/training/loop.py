@@ -17,10 +17,9 @@ import torch
 from refilled import distributed
 from refilled.config import RunConfig
 from refilled.data.batches import epoch_batches, num_batches
-from refilled.errors import UserError
 from refilled.keyed import derive_seed
 from refilled.shared_stage import SharedStage
-from refilled.stages import Stage, check, needs_teacher, num_epochs_of, stages_of
+from refilled.stages import Stage, check, check_classes, needs_teacher, num_epochs_of, stages_of
 from refilled.storage.run_folder import Row
 from refilled.tasks.classification import Task
 from refilled.training.carrier import Carrier
@@ -124,12 +123,7 @@ def _take_over(learner: Learner, shared: SharedStage, carrier: Carrier) -> list[
 
 def _check(config: RunConfig, task: Task, teacher: LoadedTeacher | None) -> None:
     check(config)
-    same_classes = any(term.needs.same_classes for stage in stages_of(config) for term in stage.terms)
-    if same_classes and task.spaces.teacher != task.spaces.student:
-        raise UserError(
-            f"method {config.method} needs a teacher with exactly the student's classes (Eq. 2), got "
-            f"{len(task.spaces.teacher)} teacher and {len(task.spaces.student)} student classes that differ."
-        )
+    check_classes(config, task.spaces)
     assert teacher is not None or not needs_teacher(config), "the caller loads the teacher of a method that needs one"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from refilled.config import RunConfig
-from refilled.shared_stage import determines_embedding
+from refilled.identity import determines_first_stage
 from tune.studies.study_store import StudyPlan, epochs_trained
 
 MIN_COMPLETE = 4  # whole trials before anything is worth going on from
@@ -67,7 +67,7 @@ class EmbeddingChoice:
         weights = [1 / (rank + 1) ** 2 for rank in range(len(ranked))]
         (chosen,) = random.Random(seed).choices(ranked, weights)
         run = self._run
-        kept = {name: value for name, value in chosen.params.items() if determines_embedding(name, run)}
+        kept = {name: value for name, value in chosen.params.items() if determines_first_stage(name, run)}
         return Point(kept, chosen.number)
 
     def _arms(self, trials: Sequence[FrozenTrial]) -> tuple[_Arm, _Arm]:
@@ -87,4 +87,6 @@ class EmbeddingChoice:
 
 
 def _stage_of(trial: FrozenTrial, run: RunConfig) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, repr(value)) for name, value in trial.params.items() if determines_embedding(name, run)))
+    return tuple(
+        sorted((name, repr(value)) for name, value in trial.params.items() if determines_first_stage(name, run))
+    )
