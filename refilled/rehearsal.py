@@ -17,6 +17,7 @@ from refilled.storage.run_folder import Row
 from refilled.tasks.classification import Task
 from refilled.teacher import FrozenTeacher
 from refilled.training.compute import Compute
+from refilled.training.evaluation import accuracy
 from refilled.training.learner import begin_stage, make_learner, optimizer_of, state_of
 from refilled.training.step import step
 from refilled.user_code import blaming
@@ -61,7 +62,7 @@ class Steps:
 
 
 def rehearse(config: RunConfig, task: Task) -> None:
-    """Take one step of every stage on a few images, with a teacher that is not trained.
+    """Take one step of every stage on a few images, with a teacher that is not trained, and evaluate the student.
 
     So what a term or a network cannot do is found before anything is trained.
 
@@ -78,7 +79,9 @@ def rehearse(config: RunConfig, task: Task) -> None:
     with blaming([name for _, name in named_by_user(config)]):
         teacher = untrained_teacher(config, few, compute) if needs_teacher(config) else None
         for stage in stages_of(config):
-            Steps(config, few, teacher, compute, stage.name)()
+            steps = Steps(config, few, teacher, compute, stage.name)
+            steps()
+            accuracy(steps.student, few.train, few.normalization, compute)
 
 
 def untrained_teacher(config: RunConfig, task: Task, compute: Compute) -> FrozenTeacher:

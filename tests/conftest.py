@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from users_files import NETWORK, TERM
 
 from refilled.config import RunConfig
 from refilled.presets import smoke
@@ -31,3 +32,11 @@ def compute() -> Compute:
 def digits_run() -> RunConfig:
     """A few seconds of two-stage training on real images."""
     return dataclasses.replace(smoke().run, overlap=0.4, epochs=(4, 8), teacher_epochs=8)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A folder with a term and networks of the user's."""
+    (tmp_path / "own.py").write_text(TERM)
+    (tmp_path / "net.py").write_text(NETWORK)
+    return tmp_path

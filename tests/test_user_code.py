@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -12,103 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from users_files import NETWORK, TERM, small
 
 from refilled.config import RunConfig, Sources
 from refilled.errors import UserError
 from refilled.execution import execute, pretrain_once, run_folder
 from refilled.identity import run_key
 from refilled.models import build_model
-from refilled.presets import smoke
-from refilled.rehearsal import rehearse
-from refilled.stages import check, complete, stages_of, with_own_code
+from refilled.stages import check, complete, stages_of
 from refilled.storage.model_file import load_model
 from refilled.storage.tensor_file import load_tensors
 from refilled.tasks.classification import load_task
 from refilled.training.compute import Compute
 from refilled.user_code import forget_modules, load_object, read_source
-
-TERM = '''
-"""A term of one's own."""
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor, nn
-
-from refilled.config import Float, Searched, TermConfig
-from refilled.terms import GlobalBatch, Local, Needs, Setting, Term
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegressionConfig(TermConfig):
-    """weight x squared distance."""
-
-    weight: float = 2.0
-    """Weight of the loss."""
-
-
-class Regression(Term):
-    """Squared distance of the projected embedding to the teacher's."""
-
-    name: ClassVar[str] = "regression"
-    Config: ClassVar[type[TermConfig]] = RegressionConfig
-    weight_space: ClassVar[Searched] = Searched("weight", Float(0.1, 10.0, log=True))
-    needs: ClassVar[Needs] = Needs(student=frozenset({"embedding"}), teacher=frozenset({"embedding"}))
-
-    def __init__(self, config: TermConfig, setting: Setting) -> None:
-        super().__init__(config, setting)
-        self.projection = nn.Linear(setting.student.embedding_dim, setting.known_teacher.embedding_dim)
-
-    def rows(self, local: Local) -> dict[str, Tensor]:
-        difference = self.projection(local.student.embedding) - local.known_teacher.embedding
-        return {"regression": difference.square().mean(dim=1)}
-
-    def loss(self, rows: dict[str, Tensor], batch: GlobalBatch) -> Tensor:
-        return self.config.weight * rows["regression"].mean()
-
-
-NOTHING = 3
-'''
-NETWORK = '''
-from torch import Tensor, nn
-
-from refilled.models import Model, Output
-
-
-class Tiny(Model):
-    """One convolution."""
-
-    def __init__(self, *, num_classes: int, in_channels: int, image_size: int, dropout: float) -> None:
-        super().__init__(embedding_dim=6, num_classes=num_classes, feature_channels=(6,))
-        self.conv = nn.Conv2d(in_channels, 6, 3, padding=1)
-        self.scale = nn.Parameter(__import__("torch").rand(6))
-        self.head = nn.Linear(6, num_classes)
-
-    def forward(self, images: Tensor, dropout_keys: Tensor | None = None) -> Output:
-        maps = self.conv(images) * self.scale[:, None, None]
-        return self.pool_and_classify(maps.relu(), (maps,))
-
-
-def broken(**arguments: object) -> Model:
-    raise RuntimeError("no such network")
-
-
-def other(**arguments: object) -> nn.Module:
-    return nn.Linear(2, 2)
-'''
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Path:
-    (tmp_path / "own.py").write_text(TERM)
-    (tmp_path / "net.py").write_text(NETWORK)
-    return tmp_path
-
-
-def small(method: str, **changes: object) -> RunConfig:
-    run = dataclasses.replace(smoke().run, method=method, overlap=0.4, epochs=(1, 1), teacher_epochs=1)
-    return with_own_code(dataclasses.replace(run, **changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", ["{}", "{}>cross_entropy", "rkd>cross_entropy+lkd+{}"])
@@ -312,43 +227,6 @@ def test_a_network_that_draws_goes_on_as_if_it_had_not_been_interrupted(own: Pat
         execute(run, own / "parts", compute, interrupt)
     torch.manual_seed(99)
     assert execute(run, own / "parts", compute)["train_loss"] == whole["train_loss"]
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "sentence"),
-    [
-        ('rows["regression"].mean()', 'rows["regression"]', "RuntimeError: grad can be implicitly created only"),
-        (
-            'return {"regression": difference.square().mean(dim=1)}',
-            "return None",
-            "'NoneType' object has no attribute 'items'",
-        ),
-        ("difference.square().mean(dim=1)", "difference.square().mean()", "cannot be used"),
-        ('rows["regression"].mean()', "1 / 0", "division by zero, in line 39 of"),
-        ("super().__init__(config, setting)", "pass", "AttributeError"),
-        ('rows["regression"].mean()', '__import__("sys").exit(3)', "SystemExit: 3"),
-    ],
-)
-def test_a_rehearsal_finds_what_a_term_cannot_do(old: str, new: str, sentence: str, own: Path, storage: Path) -> None:
-    assert old in TERM
-    (own / "own.py").write_text(TERM.replace(old, new))
-    run = small(f"{own}/own.py:Regression")
-    with pytest.raises(UserError, match=r"own\.py:Regression cannot be used: ") as caught:
-        rehearse(run, load_task(run, storage / "cache"))
-    assert sentence in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_rehearsal_passes_what_works_and_leaves_nothing(own: Path, storage: Path) -> None:
-    for method in ("student", "refilled", "fitnet", "crd", f"{own}/own.py:Regression"):
-        run = small(method)
-        rehearse(run, load_task(run, storage / "cache"))
-
-
-def test_maps_that_do_not_exist_are_found_by_a_rehearsal(own: Path, storage: Path) -> None:
-    run = small("fitnet", student=f"{own}/net.py:Tiny")
-    with pytest.raises(UserError, match=r"fitnet\.map must be at most 1"):
-        rehearse(run, load_task(run, storage / "cache"))
 
 
 def test_a_file_that_ends_the_process_is_refused(own: Path) -> None:

@@ -33,6 +33,7 @@ from refilled.stages import (
 from refilled.storage.mirror import open_storage
 from refilled.storage.store import require_writable
 from refilled.tasks.classification import load_task, verify_test_images
+from refilled.teacher import pretraining_run
 from refilled.user_code import blaming
 from tune.studies.space import as_data, default_point
 from tune.studies.study_store import StudyPlan
@@ -273,11 +274,12 @@ def _rehearse(cells: list[Cell], storage: Path) -> None:
     """
     tried = set()
     for cell in cells:
-        what = cell.method, cell.teacher, cell.student
-        on_maps = any("features" in stage.teacher_needs for stage in stages_of(cell.run))
-        if what not in tried and (on_maps or named_by_user(cell.run)):
-            rehearse(cell.run, load_task(cell.run, cache_of(storage)))
-        tried.add(what)
+        for run in [pretraining_run(cell.run), cell.run] if needs_teacher(cell.run) else [cell.run]:
+            what = run.method, cell.teacher, run.student
+            on_maps = any("features" in stage.teacher_needs for stage in stages_of(run))
+            if what not in tried and (on_maps or named_by_user(run)):
+                rehearse(run, load_task(run, cache_of(storage)))
+            tried.add(what)
 
 
 def _validate_model(field_name: str, name: str) -> None:

@@ -3,6 +3,7 @@
 from refilled.terms.base import (
     GlobalBatch,
     Local,
+    MapTerm,
     Needs,
     Setting,
     Teacher,
@@ -10,4 +11,4 @@ from refilled.terms.base import (
     Term,
 )
 
-__all__ = ["GlobalBatch", "Local", "Needs", "Setting", "Teacher", "TeacherOutput", "Term"]
+__all__ = ["GlobalBatch", "Local", "MapTerm", "Needs", "Setting", "Teacher", "TeacherOutput", "Term"]

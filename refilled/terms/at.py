@@ -10,8 +10,8 @@ from torch import Tensor
 
 from refilled.config import Float, Searched, TermConfig
 from refilled.config.base import is_positive, require
-from refilled.losses import attention_loss, pair_maps
-from refilled.terms.base import GlobalBatch, Local, Needs, Setting, Term, mean_of_rows, raw_maps
+from refilled.losses import attention_loss
+from refilled.terms.base import GlobalBatch, Local, MapTerm, mean_of_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +27,16 @@ class AtConfig(TermConfig):
         require(is_positive(self.weight), "at.weight", "above 0", self.weight)
 
 
-class At(Term):
-    """All pairs of maps, the deepest with the deepest; no parameters. Label-free; the teacher runs in every step."""
+class At(MapTerm):
+    """All pairs of maps, the deepest with the deepest; no parameters."""
 
     name: ClassVar[str] = "at"
     Config: ClassVar[type[AtConfig]] = AtConfig
     weight_space: ClassVar[Searched] = Searched("weight", Float(10.0, 10_000.0, log=True))
-    needs: ClassVar[Needs] = Needs(student=frozenset({"features"}), teacher=frozenset({"features"}))
-
-    def __init__(self, config: AtConfig, setting: Setting) -> None:
-        super().__init__(config, setting)
-        self._ends_in_relu = setting.student.borders_end_in_relu, setting.known_teacher.borders_end_in_relu
 
     def rows(self, local: Local) -> dict[str, Tensor]:
         """The loss of each image, summed over pairs of maps."""
-        own = raw_maps(local.student.features, self._ends_in_relu[0])
-        wanted = raw_maps(local.known_teacher.features, self._ends_in_relu[1])
-        losses = [attention_loss(student, teacher) for student, teacher in pair_maps(own, wanted)]
+        losses = [attention_loss(student, teacher) for student, teacher in self.pairs(local)]
         return {"at": torch.stack(losses).sum(dim=0)}
 
     def loss(self, rows: dict[str, Tensor], batch: GlobalBatch) -> Tensor:

@@ -7,6 +7,7 @@ term's own parameters are used in `rows` alone.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refilled.config import RunConfig, Searched, TermConfig
+from refilled.losses import pair_maps
 from refilled.models import Output
 
 StudentNeed = Literal["logits", "embedding", "features"]
@@ -151,7 +153,7 @@ class GlobalBatch:
     epoch: int
 
 
-class Term(nn.Module):
+class Term(nn.Module, ABC):
     """One loss term. Its parameters and buffers are trained, saved, resumed and summed over workers with the student's.
 
     A term of the package is one file and one line in `refilled.methods.TERMS`; one of a user's is a class in a file of
@@ -191,20 +193,20 @@ class Term(nn.Module):
             UserError: Naming the field.
         """
 
+    @abstractmethod
     def rows(self, local: Local) -> dict[str, Tensor]:
         """This worker's rows, [b, ...] by name; the only place where own parameters may be used.
 
         Rows of one name are gathered once, so terms that ask for the same thing of a network name it alike: `logits`,
         `embedding`, `teacher_embedding`. A loss of each image alone is one number a row; maps never travel.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, rows: dict[str, Tensor], batch: GlobalBatch) -> Tensor:
         """The term's weighted loss, a scalar, from everybody's rows [B, ...].
 
         The same on every worker: no parameters, no drawing.
         """
-        raise NotImplementedError
 
     def update(self, rows: dict[str, Tensor], batch: GlobalBatch) -> None:
         """Change buffers after the step, from everybody's rows, without gradient; the same on every worker."""
@@ -214,13 +216,25 @@ class Term(nn.Module):
         return ()
 
 
-def raw_maps(features: tuple[Tensor, ...], ends_in_relu: bool) -> tuple[Tensor, ...]:
-    """The groups' outputs as the next group gets them, which is what most losses on maps were published for.
+class MapTerm(Term):
+    """A term that compares maps as the next group gets them, which is what most losses on maps were published for.
 
-    Args:
-        features: `Output.features`, before the last activation of each group.
-        ends_in_relu: `Model.borders_end_in_relu`.
+    Label-free; the teacher runs in every step.
     """
+
+    needs: ClassVar[Needs] = Needs(student=frozenset({"features"}), teacher=frozenset({"features"}))
+
+    def __init__(self, config: TermConfig, setting: Setting) -> None:
+        super().__init__(config, setting)
+        self._ends_in_relu = setting.student.borders_end_in_relu, setting.known_teacher.borders_end_in_relu
+
+    def pairs(self, local: Local) -> list[tuple[Tensor, Tensor]]:
+        """Maps of student and teacher, [b, c, h, w] each, the deepest with the deepest, as `pair_maps` has them."""
+        student, teacher = local.student.features, local.known_teacher.features
+        return pair_maps(_raw(student, self._ends_in_relu[0]), _raw(teacher, self._ends_in_relu[1]))
+
+
+def _raw(features: tuple[Tensor, ...], ends_in_relu: bool) -> tuple[Tensor, ...]:
     return tuple(F.relu(each) for each in features) if ends_in_relu else features
 
 

@@ -15,7 +15,7 @@ from refilled.config import Float, Searched, TermConfig
 from refilled.config.base import is_positive, require
 from refilled.errors import UserError
 from refilled.losses import hint_loss, match_size, pair_maps
-from refilled.terms.base import GlobalBatch, Local, Needs, Setting, Term, mean_of_rows, raw_maps
+from refilled.terms.base import GlobalBatch, Local, MapTerm, Setting, mean_of_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +36,12 @@ class FitnetConfig(TermConfig):
         require(self.map >= 1, "fitnet.map", "at least 1", self.map)
 
 
-class Fitnet(Term):
-    """Regressor: conv 1x1 with bias, batch norm, ReLU; of two sizes the larger is average-pooled to the smaller first.
-
-    Label-free; the teacher runs in every step.
-    """
+class Fitnet(MapTerm):
+    """Regressor: 1x1 conv with bias, batch norm, ReLU; the larger map is average-pooled to the smaller."""
 
     name: ClassVar[str] = "fitnet"
     Config: ClassVar[type[FitnetConfig]] = FitnetConfig
     weight_space: ClassVar[Searched] = Searched("weight", Float(1.0, 1000.0, log=True))
-    needs: ClassVar[Needs] = Needs(student=frozenset({"features"}), teacher=frozenset({"features"}))
 
     def __init__(self, config: FitnetConfig, setting: Setting) -> None:
         super().__init__(config, setting)
@@ -56,13 +52,10 @@ class Fitnet(Term):
         own, wanted = channels[config.map - 1]
         self.convolution = nn.Conv2d(own, wanted, 1)
         self.norm = nn.BatchNorm2d(wanted)
-        self._ends_in_relu = student.borders_end_in_relu, teacher.borders_end_in_relu
 
     def rows(self, local: Local) -> dict[str, Tensor]:
         """The squared error of each image, mean over its entries."""
-        own = raw_maps(local.student.features, self._ends_in_relu[0])
-        wanted = raw_maps(local.known_teacher.features, self._ends_in_relu[1])
-        student, teacher = match_size(*pair_maps(own, wanted)[self.config.map - 1])
+        student, teacher = match_size(*self.pairs(local)[self.config.map - 1])
         regressed = self.norm(self.convolution(student))
         return {"fitnet": hint_loss(F.relu(regressed) if self.config.relu else regressed, teacher)}
 

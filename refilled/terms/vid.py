@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from refilled.config import Float, Searched, TermConfig
 from refilled.config.base import is_positive, require
 from refilled.losses import match_size, pair_maps, variational_loss
-from refilled.terms.base import GlobalBatch, Local, Needs, Setting, Term, mean_of_rows, raw_maps
+from refilled.terms.base import GlobalBatch, Local, MapTerm, Setting, mean_of_rows
 
 LEAST_VARIANCE = 1e-5
 
@@ -39,18 +39,16 @@ class VidConfig(TermConfig):
         require(above, "vid.initial_variance", f"above {LEAST_VARIANCE}", self.initial_variance)
 
 
-class Vid(Term):
+class Vid(MapTerm):
     """Regressor of every pair of maps: three convolutions 1x1 without bias, ReLU between; pooling comes first.
 
-    Variances have no weight decay, which would pull them to softplus(0) = 0.69. Label-free; the teacher runs in every
-    step.
+    Variances have no weight decay, which would pull them to softplus(0) = 0.69.
     """
 
     name: ClassVar[str] = "vid"
     Config: ClassVar[type[VidConfig]] = VidConfig
     space: ClassVar[tuple[Searched, ...]] = (Searched("initial_variance", Float(1.0, 10.0, log=True)),)
     weight_space: ClassVar[Searched] = Searched("weight", Float(0.1, 10.0, log=True))
-    needs: ClassVar[Needs] = Needs(student=frozenset({"features"}), teacher=frozenset({"features"}))
 
     def __init__(self, config: VidConfig, setting: Setting) -> None:
         super().__init__(config, setting)
@@ -60,14 +58,11 @@ class Vid(Term):
         above = config.initial_variance - LEAST_VARIANCE
         start = above + math.log(-math.expm1(-above))  # whose softplus is `above`, however large that is
         self.scales = nn.ParameterList(torch.full((wanted,), start) for _, wanted in channels)
-        self._ends_in_relu = student.borders_end_in_relu, teacher.borders_end_in_relu
 
     def rows(self, local: Local) -> dict[str, Tensor]:
         """The negative log-likelihood of each image, mean over the entries of a map, summed over pairs of maps."""
-        own = raw_maps(local.student.features, self._ends_in_relu[0])
-        wanted = raw_maps(local.known_teacher.features, self._ends_in_relu[1])
         losses = []
-        for (student, teacher), mean, scale in zip(pair_maps(own, wanted), self.means, self.scales, strict=True):
+        for (student, teacher), mean, scale in zip(self.pairs(local), self.means, self.scales, strict=True):
             student, teacher = match_size(student, teacher)
             losses.append(variational_loss(mean(student), teacher, F.softplus(scale) + LEAST_VARIANCE))
         return {"vid": torch.stack(losses).sum(dim=0)}
