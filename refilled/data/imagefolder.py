@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from refilled.data.decode import MAX_FILE_BYTES, decode_images
 from refilled.data.images import ImageSet, PartName, SourcePart, check_class_names, make_image_set
-from refilled.data.text import shown
-from refilled.data.zip_images import check_unread, is_link, list_members, open_zip
+from refilled.data.text import one_line, shown
+from refilled.data.zip_images import DAMAGE, check_zip, is_litter, open_zip
 from refilled.errors import UserError
 
-MAX_PART_BYTES = 16 * 2**30  # of a zip's part after decompression: far above what fits on a device as pixels
 _PARTS: tuple[PartName, ...] = ("train", "test")
 
-Reader = Callable[[str], bytes]
-"""From the location of an image to its content."""
+Root = Path | zipfile.Path
+"""A folder, or a zip as one: both are walked through and read alike."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,12 @@ class _Listing:
     """What a folder or zip holds, by name only.
 
     Attributes:
-        classes: of each part, the files of each class folder; a file is (name, location), sorted by name.
-        num_bytes: size of each part after decompression.
-        open: opens the folder or zip for reading files by location.
+        classes: For each part, the files of each class folder, as paths below the root, sorted.
+        open: Opens the folder or zip for reading.
     """
 
-    classes: dict[PartName, dict[str, list[tuple[str, str]]]]
-    num_bytes: dict[PartName, int]
-    open: Callable[[], AbstractContextManager[Reader]]
+    classes: dict[PartName, dict[str, list[str]]]
+    open: Callable[[], AbstractContextManager[Root]]
 
 
 def validate(path: Path) -> None:
@@ -53,7 +52,7 @@ def find_part(path: Path, name: PartName) -> SourcePart:
     """The training or test part, its layout checked; classes are the sorted folder names of the training part.
 
     Raises:
-        UserError: naming the file or folder that is wrong.
+        UserError: Naming the file or folder that is wrong.
     """
     listing = _list(path)
     if name not in listing.classes:
@@ -69,33 +68,27 @@ def find_part(path: Path, name: PartName) -> SourcePart:
         raise UserError(f"{path}/{name}/{empty[0]} holds no images; every class folder needs at least one.")
     if len(empty) == len(names):
         raise UserError(f"{path}/{name} holds no images; its class folders need at least one.")
-    if listing.num_bytes[name] > MAX_PART_BYTES:
-        raise UserError(
-            f"{path}/{name} unpacks to {listing.num_bytes[name]} bytes, too many; at most {MAX_PART_BYTES} are read."
-        )
-    files = [
-        (label, location) for label, class_name in enumerate(names) for _, location in by_class.get(class_name, [])
-    ]
+    files = [(label, location) for label, class_name in enumerate(names) for location in by_class.get(class_name, [])]
     return SourcePart(
         name=name,
-        fingerprint=_fingerprint(listing, files, names),
+        fingerprint=_fingerprint(path, listing, files, names),
         read=lambda image_size: _read(path, listing, files, names, image_size),
     )
 
 
-def _fingerprint(listing: _Listing, files: list[tuple[int, str]], names: tuple[str, ...]) -> str:
+def _fingerprint(path: Path, listing: _Listing, files: list[tuple[int, str]], names: tuple[str, ...]) -> str:
     sha = hashlib.sha256(json.dumps([names, [label for label, _ in files]]).encode())
-    with listing.open() as read:
+    with listing.open() as root:
         for _, location in files:
-            sha.update(hashlib.sha256(read(location)).digest())
+            sha.update(hashlib.sha256(_content(path, root, location)).digest())
     return sha.hexdigest()
 
 
 def _read(
     path: Path, listing: _Listing, files: list[tuple[int, str]], names: tuple[str, ...], image_size: int | None
 ) -> ImageSet:
-    with listing.open() as read:
-        encoded = ((f"{path}/{shown(location)}", read(location)) for _, location in files)
+    with listing.open() as root:
+        encoded = ((f"{path}/{shown(location)}", _content(path, root, location)) for _, location in files)
         images = decode_images(encoded, len(files), image_size)
     labels = torch.tensor([label for label, _ in files], dtype=torch.int64)
     return make_image_set(torch.from_numpy(images), labels, names)
@@ -103,9 +96,11 @@ def _read(
 
 def _list(path: Path) -> _Listing:
     if path.is_dir():
-        listing = _list_folder(path)
+        listing = _Listing(_classes(path, path), lambda: nullcontext(path))
     elif path.is_file():
-        listing = _list_zip(path)
+        check_zip(path)
+        with open_zip(path) as root:
+            listing = _Listing(_classes(path, root), lambda: open_zip(path))
     else:
         raise UserError(f"imagefolder:{path} must be a folder or a zip file, but there is no such path.")
     if not listing.classes:
@@ -113,76 +108,47 @@ def _list(path: Path) -> _Listing:
     return listing
 
 
-def _list_folder(path: Path) -> _Listing:
-    classes: dict[PartName, dict[str, list[tuple[str, str]]]] = {}
+def _classes(path: Path, root: Root) -> dict[PartName, dict[str, list[str]]]:
+    """The files of each class folder of each part, as paths below the root."""
+    classes: dict[PartName, dict[str, list[str]]] = {}
     try:
         for part in _PARTS:
-            folders = [f for f in _children(path / part) if f.is_dir()] if (path / part).is_dir() else []
-            for folder in folders:
+            for folder in _children(root / part):
+                if not folder.is_dir():
+                    continue
                 files = []
                 for file in _children(folder):
+                    location = f"{part}/{folder.name}/{file.name}"
                     if file.is_dir():
-                        raise _nested(file)
-                    files.append((file.name, file.relative_to(path).as_posix()))
+                        raise UserError(f"{shown(path / location)} must be an image; a class folder holds no folders.")
+                    files.append(location)
                 classes.setdefault(part, {})[folder.name] = files
     except OSError as error:
         raise UserError(
             f"{shown(error.filename or path)} cannot be listed ({error.strerror}); it must be readable."
         ) from error
+    return classes
 
-    return _Listing(classes, dict.fromkeys(_PARTS, 0), lambda: nullcontext(lambda location: _content(path / location)))
+
+def _children(folder: Root) -> list[Any]:
+    """What is in a folder, but for what file managers leave behind, by name; nothing where it is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted((child for child in folder.iterdir() if not is_litter(child.name)), key=lambda child: child.name)
 
 
-def _content(file: Path) -> bytes:
+def _content(path: Path, root: Root, location: str) -> bytes:
+    place, file = shown(path / location), root / location
     try:
         if not file.is_file():  # a pipe or device would never end
-            raise UserError(f"{shown(file)} must be a file with an image, or a link to one.")
+            raise UserError(f"{place} must be a file with an image, or a link to one.")
         with file.open("rb") as opened:
-            content = opened.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{shown(file)} cannot be read ({error.strerror}); it must be readable.") from error
+            content: bytes = opened.read(MAX_FILE_BYTES + 1)
+    except UserError:
+        raise
+    except DAMAGE as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise UserError(f"{place} cannot be read ({reason}); it must be whole and readable.") from error
     if len(content) > MAX_FILE_BYTES:
-        raise UserError(f"{shown(file)} has more than {MAX_FILE_BYTES} bytes, too many for an image.")
+        raise UserError(f"{place} has more than {MAX_FILE_BYTES} bytes, too many for an image.")
     return content
-
-
-def _children(folder: Path) -> list[Path]:
-    return sorted((child for child in folder.iterdir() if not _is_litter(child.name)), key=lambda child: child.name)
-
-
-def _list_zip(path: Path) -> _Listing:
-    named = [(PurePosixPath(member.filename).parts, member) for member in list_members(path)]
-    wanted = [(parts, member) for parts, member in named if parts and not any(_is_litter(part) for part in parts)]
-    unread = [member for parts, member in named if not parts or any(_is_litter(part) for part in parts)]
-    tops = {parts[0] for parts, _ in wanted}
-    skip = 1 if len(tops) == 1 and not tops & set(_PARTS) else 0
-    classes: dict[PartName, dict[str, list[tuple[str, str]]]] = {}
-    num_bytes: dict[PartName, int] = dict.fromkeys(_PARTS, 0)
-    for parts, member in sorted(wanted, key=lambda item: item[0]):
-        inner = parts[skip:]
-        part: PartName | None = next((p for p in _PARTS if inner and inner[0] == p), None)
-        if part is not None and is_link(member):
-            raise UserError(f"{shown(path / member.filename)} is a link; a zip must hold the images themselves.")
-        if part is None or len(inner) < 2 or member.is_dir() or len(inner) == 2:
-            unread.append(member)
-        if part is None or len(inner) < 2 or (len(inner) == 2 and not member.is_dir()):
-            continue
-        if len(inner) > 3 or (len(inner) == 3 and member.is_dir()):
-            raise _nested(path / member.filename)
-        files = classes.setdefault(part, {}).setdefault(inner[1], [])
-        if len(inner) == 3:
-            if files and files[-1][0] == inner[2]:
-                raise UserError(f"{shown(path / member.filename)} is in the zip twice; every image must be there once.")
-            files.append((inner[2], member.filename))
-            num_bytes[part] += member.file_size
-    check_unread(path, unread)
-    return _Listing(classes, num_bytes, lambda: open_zip(path))
-
-
-def _is_litter(name: str) -> bool:
-    """Whether a name is what file managers leave behind, not data."""
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
-
-
-def _nested(path: Path) -> UserError:
-    return UserError(f"{shown(path)} must be an image; a class folder holds no folders.")
