@@ -70,13 +70,17 @@ def test_content_hash_sees_every_leaf() -> None:
         ),
         (lambda: SearchConfig(methods=()), "methods must be at least one value"),
         (lambda: RunConfig(epochs=(0, 5)), "at least 1 for stage embedding of refilled"),
-        (lambda: RunConfig(precision="float16"), "precision must be one of"),  # type: ignore[arg-type]
-        (lambda: EmbeddingConfig(temperature=float("nan")), "embedding.temperature must be at least 0.003"),
+        (lambda: RunConfig(precision="float16"), "precision must be float32, float64 or bfloat16"),  # type: ignore[arg-type]
+        (
+            lambda: EmbeddingConfig(temperature=float("nan")),
+            "embedding.temperature must be a finite number, at least 0.003",
+        ),
+        (lambda: EmbeddingConfig(temperature=0.002), "embedding.temperature must be at least 0.003"),
         (lambda: EmbeddingConfig(max_negatives=0), "embedding.max_negatives must be at least 1 or none"),
         (lambda: EmbeddingConfig(tuples="batch_minimum", max_negatives=5), "must be none where embedding.tuples"),
         (lambda: ClassifierConfig(distill_weight=-1.0), "classifier.distill_weight must be at least 0"),
         (lambda: ScheduleConfig(milestones=(0.7, 0.5)), "schedule.milestones must be rising fractions"),
-        (lambda: ViewConfig(padding=1, flip=False, num_views=10), "views.num_views must be in 1..9"),
+        (lambda: ViewConfig(padding=1, flip=False, num_views=10), "views.num_views must be at most 9 or none"),
         (lambda: SearchConfig(trials=0), "trials must be at least 1, got 0"),
         (lambda: SearchConfig(overlaps=(0.0, 0.0)), "overlaps must be different values"),
         (lambda: SearchConfig(run=RunConfig(val_fraction=0.0)), "val_fraction must be above 0 in a search"),

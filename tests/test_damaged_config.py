@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ from typing import Any
 import pytest
 
 from refilled.config import Config, RunConfig, SearchConfig
-from refilled.embedding_cache.rows import DamagedError
-from refilled.embedding_cache.rows import _meta as read_meta
 from refilled.errors import UserError
+from refilled.storage.artifact_folder import MANIFEST, open_whole, seal, start
 
 _spec = importlib.util.spec_from_file_location("damage", Path(__file__).parent / "faults" / "damage.py")
 assert _spec is not None
@@ -99,9 +99,33 @@ def test_damaged_configuration_files(tmp_path: Path) -> None:
     assert num_refused > 45
 
 
-def test_damaged_accounts_of_a_bank_are_damage(tmp_path: Path) -> None:
-    path = tmp_path / "meta.json"
-    for content in (b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": \x00}'):
-        path.write_bytes(content)
-        with pytest.raises(DamagedError, match="is not JSON"):
-            read_meta(path)
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": \x00}', b"[]", b"{}", b'{"files": {}, "about": 3}'),
+        b'{"files": {"a": {"bytes": "many", "crc32": 0}}, "about": {}}',
+    ],
+)
+def test_a_damaged_manifest_is_a_damaged_artifact(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "key"
+    folder.mkdir()
+    (tmp_path / "a").write_bytes(b"1")  # of another artifact, and none of this one's business
+    (folder / MANIFEST).write_bytes(content)
+    assert open_whole(folder) is None
+    assert "key is damaged and is not used" in caplog.text
+    assert MANIFEST in caplog.text
+
+
+def test_a_manifest_that_names_a_file_elsewhere_is_a_damaged_artifact(tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    (start(folder, {}, None) / "a").write_bytes(b"1")
+    seal(folder, {})
+    assert open_whole(folder) is not None
+    (tmp_path / "a").write_bytes(b"1")
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    files = {"../a": manifest["files"]["a"]}
+    checksum = zlib.crc32(json.dumps([files, {}], sort_keys=True).encode())
+    (folder / MANIFEST).write_text(json.dumps({"files": files, "about": {}, "crc32": checksum}))
+    assert open_whole(folder) is None

@@ -1,7 +1,7 @@
 """What a run and a search are, as checked, documented plain data."""
 
-from refilled.config.bank import BankConfig
 from refilled.config.base import Config, content_hash
+from refilled.config.embedding_cache import EmbeddingCacheConfig
 from refilled.config.parts import (
     ClassifierConfig,
     ComparisonConfig,
@@ -15,18 +15,17 @@ from refilled.config.parts import (
     ViewConfig,
     WeightedLkdConfig,
 )
-from refilled.config.run import PRECISIONS, Precision, RunConfig
+from refilled.config.run import Precision, RunConfig
 from refilled.config.search import SearchConfig
 from refilled.config.searched import Choice, Float, Searched
 from refilled.config.tables import Sources, TermSettings
 
 __all__ = [
-    "PRECISIONS",
-    "BankConfig",
     "Choice",
     "ClassifierConfig",
     "ComparisonConfig",
     "Config",
+    "EmbeddingCacheConfig",
     "EmbeddingConfig",
     "Float",
     "KdConfig",

@@ -1,48 +1,76 @@
 """What every configuration can do.
 
-A configuration is a frozen dataclass, checked when it is made and documented field by field. It becomes a nested dict
-at Ray's border (`to_dict` / `from_dict`), is varied by dotted names (`with_overrides({"embedding.temperature": 2.0})`,
-the one way both the command line and a sampled trial use), and is identified by `content_hash`. The command line shows
-the fields' docstrings as its help.
+A configuration is a frozen dataclass, documented field by field, whose fields' types say what they may hold
+(`refilled.config.fields`); it is checked when it is made. It becomes a nested dict at Ray's border (`to_dict` /
+`from_dict`), is varied by dotted names (`with_overrides({"embedding.temperature": 2.0})`, the one way both the command
+line and a sampled trial use), and is identified by `content_hash`. The command line shows the fields' docstrings as its
+help.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import math
-import reprlib
-import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
+from refilled.config.fields import MisfitError, fitted, shown
 from refilled.errors import UserError
 
-_LARGEST_INT = 2**63 - 1  # what generators of random numbers, databases and tensors take
-_short = reprlib.Repr()
-_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 4, 200, 200, 40
-_short.maxtuple = _short.maxlist = _short.maxdict = 20
+
+class FieldError(UserError):
+    """The value of a field is refused.
+
+    `args` are what stands before the field's name, its name, what the value must be, and the value as it is shown.
+    """
+
+    def __str__(self) -> str:
+        return "{}{} must be {}, got {}.".format(*self.args)
+
+    def within(self, name: str, prefix: str = "") -> FieldError:
+        """The same of a field of the nested configuration that has this name."""
+        return FieldError(prefix, f"{name}.{self.args[1]}", *self.args[2:])
 
 
 def require(condition: bool, field_name: str, requirement: str, value: object) -> None:
     """Raise the sentence of a refused field unless the condition holds."""
     if not condition:
-        raise UserError(f"{field_name} must be {requirement}, got {shown(value)}.")
+        raise FieldError("", field_name, requirement, shown(value))
 
 
-def is_positive(value: float) -> bool:
-    """Whether a number is finite and above 0."""
-    return math.isfinite(value) and value > 0
-
-
+@dataclass(frozen=True)
 class Config:
     """What every configuration class can do."""
 
+    _prefix: ClassVar[str] = ""
+    """Before the names of fields in sentences about one that stands alone; empty: they have none in a run either."""
+    _types: ClassVar[Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        """Check every field by its type; classes whose fields depend on each other extend it."""
+        for name in self.field_types():
+            object.__setattr__(self, name, self._fitted(name, getattr(self, name)))
+
+    def require(self, condition: bool, name: str, requirement: str) -> None:
+        """Raise the sentence of a refused field unless the condition holds."""
+        if not condition:
+            raise FieldError(self._prefix, name, requirement, shown(getattr(self, name)))
+
+    @classmethod
+    def field_types(cls) -> Mapping[str, Any]:
+        """The types of the fields, with the bounds in them, by name and in order."""
+        if "_types" not in vars(cls):
+            types_by_name = typing.get_type_hints(cls, include_extras=True)
+            cls._types = {field.name: types_by_name[field.name] for field in dataclasses.fields(cls)}
+        return cls._types
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dict, ready for JSON (tuples stay tuples in memory, become lists in JSON)."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        values = {name: getattr(self, name) for name in self.field_types()}
         return {name: value.to_dict() if isinstance(value, Config) else value for name, value in values.items()}
 
     @classmethod
@@ -52,35 +80,30 @@ class Config:
         A field that is left out has its default.
 
         Raises:
-            UserError: for a key the class does not have, or a value of a type or size that a field refuses.
+            UserError: For a key the class does not have, or a value of a type or size that a field refuses.
         """
         require(isinstance(values, Mapping), cls.__name__, "an object of settings", values)
-        types_by_name = typing.get_type_hints(cls)
-        hints = {f.name: types_by_name[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        hints = cls.field_types()
         unknown = sorted(shown(name) for name in values if name not in hints)
         if unknown:
             raise UserError(f"Unknown setting {unknown[0]}; {cls.__name__} has {', '.join(sorted(hints))}.")
-        made: dict[str, Any] = {}
+        made = dict(values)
         for name, value in values.items():
             hint = hints[name]
-            if isinstance(hint, type) and issubclass(hint, Config):
-                made[name] = value if isinstance(value, hint) else hint.from_dict(value)
-            else:
-                made[name] = tuple(value) if isinstance(value, list) else value
-                require(is_value_of(made[name], hint), f"{cls.__name__}.{name}", _wanted(hint), value)
-                made[name] = _as_of(made[name], hint)
+            if isinstance(hint, type) and issubclass(hint, Config) and not isinstance(value, hint):
+                with cls._naming(name):
+                    made[name] = hint.from_dict(value)
         return cls(**made)
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Self:
         """A copy with fields replaced by dotted name, `{"embedding.temperature": 2.0}`.
 
         Raises:
-            UserError: for a name that does not exist, or a value that its field refuses.
+            UserError: For a name that does not exist, or a value that its field refuses.
         """
         changes: dict[str, Any] = {}
         nested: dict[str, dict[str, Any]] = {}
-        names = {f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-        hints = typing.get_type_hints(type(self))
+        names = self.field_types()
         for dotted, value in overrides.items():
             head, _, tail = dotted.partition(".")
             if head not in names or (tail and not isinstance(getattr(self, head), Config)):
@@ -90,81 +113,45 @@ class Config:
             if tail:
                 nested.setdefault(head, {})[tail] = value
             else:
-                changes[head] = tuple(value) if isinstance(value, list) else value
-                require(is_value_of(changes[head], hints[head]), dotted, _wanted(hints[head]), value)
-                changes[head] = _as_of(changes[head], hints[head])
+                changes[head] = self._fitted(head, value)
         for head, inner in nested.items():
-            changes[head] = changes.get(head, getattr(self, head)).with_overrides(inner)
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+            with self._naming(head):
+                changes[head] = changes.get(head, getattr(self, head)).with_overrides(inner)
+        return dataclasses.replace(self, **changes)
 
     def flat(self) -> dict[str, Any]:
         """Dotted names to leaf values, in field order."""
         leaves: dict[str, Any] = {}
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
+        for name in self.field_types():
+            value = getattr(self, name)
             if isinstance(value, Config):
-                leaves |= {f"{f.name}.{name}": leaf for name, leaf in value.flat().items()}
+                leaves |= {f"{name}.{inner}": leaf for inner, leaf in value.flat().items()}
             else:
-                leaves[f.name] = value
+                leaves[name] = value
         return leaves
 
     def content_hash(self) -> str:
         """16 hex digits that equal configurations share."""
         return content_hash(self.to_dict())
 
+    @classmethod
+    def _fitted(cls, name: str, value: object) -> Any:
+        try:
+            return fitted(value, cls.field_types()[name])
+        except MisfitError as misfit:
+            requirement, wrong = misfit.args
+            raise FieldError(cls._prefix, name, requirement, shown(wrong)) from None
+
+    @classmethod
+    @contextlib.contextmanager
+    def _naming(cls, nested: str) -> Iterator[None]:
+        """Name fields that the block refuses as the user does who sets them in a nested configuration."""
+        try:
+            yield
+        except FieldError as error:
+            raise (error.within(nested, cls._prefix) if error.args[0] else error) from None
+
 
 def content_hash(values: object) -> str:
     """First 16 hex digits of the SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def is_value_of(value: object, hint: Any) -> bool:
-    """Whether a plain value is of a field's type, numbers finite and of at most 64 bits."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return isinstance(value, str) and value in parts
-    if origin in (types.UnionType, typing.Union):
-        return any(is_value_of(value, part) for part in parts)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        wanted = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-        return len(wanted) == len(value) and all(map(is_value_of, value, wanted))
-    if hint is int or hint is float:
-        numbers = (int, float) if hint is float else (int,)
-        return isinstance(value, numbers) and not isinstance(value, bool) and _is_representable(value)
-    return value is None if hint is types.NoneType else isinstance(value, hint)
-
-
-def _as_of(value: Any, hint: Any) -> Any:
-    """A whole number as a float where a field holds floats alone: 25 and 25.0 are one setting."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if is_whole and float in options and int not in options else value
-
-
-def _is_representable(number: float) -> bool:
-    return abs(number) <= _LARGEST_INT if isinstance(number, int) else math.isfinite(number)
-
-
-def _wanted(hint: Any) -> str:
-    """A field's type in words."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return f"one of {', '.join(parts)}"
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_wanted(part) for part in parts)
-    if origin is tuple:
-        return f"a list of which each is {_wanted(parts[0])}" + (
-            "" if parts[-1] is Ellipsis else f", {len(parts)} in all"
-        )
-    words = {int: "a whole number of at most 64 bits", float: "a finite number", str: "text", bool: "true or false"}
-    return words.get(hint, "none" if hint is types.NoneType else hint.__name__)
-
-
-def shown(value: object) -> str:
-    """A value as Python writes it, but short, whatever it is."""
-    try:
-        return _short.repr(value)
-    except ValueError:  # Python refuses to write out integers of more than 4,300 digits
-        return "a far too large number"

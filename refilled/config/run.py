@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from refilled.config.bank import BankConfig
-from refilled.config.base import Config, require
+from refilled.config.base import Config
+from refilled.config.embedding_cache import EmbeddingCacheConfig
+from refilled.config.fields import NonNegativeInt, PositiveInt, Range, Share, ShareBelowOne
 from refilled.config.parts import ClassifierConfig, EmbeddingConfig, OptimizerConfig, TeacherConfig, ViewConfig
 from refilled.config.tables import Sources, TermSettings
 from refilled.methods import has_embedding_stage
 
 Precision = Literal["float32", "float64", "bfloat16"]
-PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +21,19 @@ class RunConfig(Config):
 
     data: str = "digits"
     """Where images come from: digits, cifar100, parquet:PATH or imagefolder:PATH."""
-    image_size: int | None = None
+    image_size: Annotated[int, Range(4)] | None = None
     """Resize every image to this many pixels a side; none: images are of one size already."""
     class_order: str = "alphabetical"
     """Order in which the windows slide over the classes: alphabetical, cifar_fs, or a file with one class a line."""
-    num_teacher_classes: int | None = None
+    num_teacher_classes: Annotated[int, Range(2)] | None = None
     """Classes of the teacher, the first of the order; none: half of all."""
-    num_student_classes: int | None = None
+    num_student_classes: Annotated[int, Range(2)] | None = None
     """Classes of the student; none: half of all."""
-    overlap: float = 1.0
+    overlap: Share = 1.0
     """Share of the student's classes that are the teacher's too (section 5.1.1, Figure 4)."""
-    val_fraction: float = 0.1
+    val_fraction: ShareBelowOne = 0.1
     """Share of the training images held out for validation, in every class; 0: train on all, validate on none."""
-    split_seed: int = 0
+    split_seed: NonNegativeInt = 0
     """Seed of the validation split."""
 
     teacher: str = "convnet-32"
@@ -42,21 +42,21 @@ class RunConfig(Config):
     """Architecture of the student: wrn-DEPTH-WIDTH or convnet-WIDTH."""
     method: str = "refilled"
     """A method's name, or its terms by stage: 'rkd>cross_entropy+lkd'; a term of your own is path/file.py:Name."""
-    epochs: tuple[int, int] = (40, 40)
+    epochs: tuple[NonNegativeInt, NonNegativeInt] = (40, 40)
     """Epochs of stage embedding and of stage classifier; a method without stage embedding ignores the first."""
-    teacher_epochs: int = 40
+    teacher_epochs: PositiveInt = 40
     """Epochs of the teacher's pre-training (Eq. 1)."""
-    global_batch_size: int = 256
+    global_batch_size: Annotated[int, Range(2)] = 256
     """Images a step, over all workers together."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the student's initial weights, order and views."""
     precision: Precision = "float32"
     """float32, float64, or bfloat16 (autocast, channels-last)."""
     compile: bool = False
     """Compile the student with torch.compile; pays off on a GPU and over many epochs."""
-    checkpoint_every: int = 1
+    checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints; what is lost with a worker is trained again, to the same numbers."""
-    ncm_images_per_class: int = 50
+    ncm_images_per_class: PositiveInt = 50
     """Training images a class that estimate the class means for validation during stage embedding."""
 
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
@@ -64,28 +64,15 @@ class RunConfig(Config):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     pretraining: TeacherConfig = field(default_factory=TeacherConfig)
-    bank: BankConfig = field(default_factory=BankConfig)
+    embedding_cache: EmbeddingCacheConfig = field(default_factory=EmbeddingCacheConfig)
     terms: TermSettings = field(default_factory=TermSettings)
     """Settings of the terms that have no place in `embedding` and `classifier`, by the term's name."""
     sources: Sources = field(default_factory=Sources)
     """Source text of the user's own files that the run names."""
 
     def __post_init__(self) -> None:
-        """Check every field, and that the method can run with them."""
-        require(self.image_size is None or self.image_size >= 4, "image_size", "at least 4 or none", self.image_size)
-        for name in ("num_teacher_classes", "num_student_classes"):
-            value = getattr(self, name)
-            require(value is None or value >= 2, name, "at least 2 or none", value)
-        require(0 <= self.overlap <= 1, "overlap", "in [0, 1]", self.overlap)
-        require(0 <= self.val_fraction < 1, "val_fraction", "in [0, 1)", self.val_fraction)
-        require(self.split_seed >= 0, "split_seed", "at least 0", self.split_seed)
-        require(len(self.epochs) == 2 and min(self.epochs) >= 0, "epochs", "two numbers of at least 0", self.epochs)
-        require(self.epochs[1] >= 1, "epochs", "at least 1 for stage classifier", self.epochs)
+        """Check also that the stages of the method have epochs."""
+        super().__post_init__()
+        self.require(self.epochs[1] >= 1, "epochs", "at least 1 for stage classifier")
         if has_embedding_stage(self.method):
-            require(self.epochs[0] >= 1, "epochs", f"at least 1 for stage embedding of {self.method}", self.epochs)
-        require(self.teacher_epochs >= 1, "teacher_epochs", "at least 1", self.teacher_epochs)
-        require(self.global_batch_size >= 2, "global_batch_size", "at least 2", self.global_batch_size)
-        require(self.seed >= 0, "seed", "at least 0", self.seed)
-        require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
-        require(self.checkpoint_every >= 1, "checkpoint_every", "at least 1", self.checkpoint_every)
-        require(self.ncm_images_per_class >= 1, "ncm_images_per_class", "at least 1", self.ncm_images_per_class)
+            self.require(self.epochs[0] >= 1, "epochs", f"at least 1 for stage embedding of {self.method}")

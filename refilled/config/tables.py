@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
-from refilled.config.base import Config, is_value_of, require, shown
+from refilled.config.base import Config, FieldError, require
+from refilled.config.fields import MisfitError, fitted, shown
 from refilled.errors import UserError
 
-Setting = str | int | float | bool | None | tuple[float, ...]
+Setting = str | int | float | bool | None | tuple[int | float, ...]
 MAX_SOURCE_CHARS = 500_000
 
 
@@ -117,8 +117,9 @@ def digest_of(text: str) -> str:
 
 def _setting(term: str, name: object, value: object) -> Setting:
     require(isinstance(name, str), f"terms.{shown(term)}", "an object whose names are texts", name)
-    plain = tuple(value) if isinstance(value, list) else value
-    where = f"terms.{shown(term)}.{shown(name)}"
-    is_plain = is_value_of(plain, Setting) and not (isinstance(plain, float) and not math.isfinite(plain))
-    require(is_plain, where, "a finite number, text, true, false, none or a list of numbers", value)
-    return plain  # type: ignore[return-value]  # the line above has looked
+    try:
+        return cast(Setting, fitted(value, Setting))
+    except MisfitError:
+        where = f"terms.{shown(term)}.{shown(name)}"
+        wanted = "a finite number, text, true, false, none or a list of numbers"
+        raise FieldError("", where, wanted, shown(value)) from None
