@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from replay.table import Table
+
+from analysis.simulator.table import Table
+from analysis.tables import markdown
 
 NUM_RESAMPLES = 10_000
 
@@ -38,29 +40,30 @@ def ratio_interval(upper: Sequence[float], lower: Sequence[float], seed: int = 0
     return float(low), float(high)
 
 
-def line(name: str, results: Sequence[Result], reference: Sequence[Result] | None) -> str:
-    """One strategy's row of the printed table."""
+def fields(name: str, results: Sequence[Result], reference: Sequence[Result] | None) -> list[str]:
+    """One strategy's row of a table."""
     epochs = [each.epochs for each in results]
     low, high = interval(epochs)
-    missed = sum(not each.found for each in results)
-    best_low, best_high = interval([each.best for each in results])
-    parts = [
-        f"{name:<36} {statistics.median(epochs):>7.0f} {statistics.mean(epochs):>7.0f} [{low:>5.0f}, {high:>5.0f}]",
-        f"{missed:>6}",
-        f"{statistics.mean(each.time for each in results):>9.1f}",
-        f"{statistics.mean(each.best for each in results):>7.4f} [{best_low:.4f}, {best_high:.4f}]",
+    best = [each.best for each in results]
+    best_low, best_high = interval(best)
+    return [
+        name,
+        f"{statistics.median(epochs):.0f}",
+        f"{statistics.mean(epochs):.0f} [{low:.0f}, {high:.0f}]",
+        str(sum(not each.found for each in results)),
+        f"{statistics.mean(each.time for each in results):.1f}",
+        f"{statistics.mean(best):.4f} [{best_low:.4f}, {best_high:.4f}]",
+        "" if reference is None else ratio([each.epochs for each in reference], epochs),
     ]
-    if reference is not None:
-        others = [each.epochs for each in reference]
-        ratio_low, ratio_high = ratio_interval(others, epochs)
-        parts.append(f"{statistics.mean(others) / statistics.mean(epochs):>6.2f} [{ratio_low:.2f}, {ratio_high:.2f}]")
-    return " ".join(parts)
 
 
-HEADER = (
-    f"{'':<36} {'median':>7} {'mean':>7} {'95 %':>14} {'missed':>6} {'time':>9} {'best':>7} {'95 %':>16} "
-    f"{'ratio':>6} {'95 %':>12}"
-)
+def ratio(upper: Sequence[float], lower: Sequence[float]) -> str:
+    """The ratio of two means with its interval, paired by seed."""
+    low, high = ratio_interval(upper, lower)
+    return f"{statistics.mean(upper) / statistics.mean(lower):.2f} [{low:.2f}, {high:.2f}]"
+
+
+HEADER = ["search", "epochs, median", "epochs, mean (95 %)", "missed", "time", "best (95 %)", "ratio (95 %)"]
 
 
 def describe(table: Table, share: float) -> str:
@@ -85,32 +88,39 @@ def rank_correlations(table: Table) -> str:
         f"{epoch}: {spearmanr([curve.val_accuracy[epoch - 1] for curve in whole], values).statistic:.2f}"
         for epoch in parts.values()
     )
-    return f"  rank correlation of an epoch's values with the final ones: {', '.join(found)}"
+    return f"rank correlation of an epoch's values with the final ones: {', '.join(found)}"
+
+
+def aligned(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table that is also to be read on a terminal."""
+    widths = [max(len(text) for text in column) for column in zip(header, *rows, strict=True)]
+    padded = [[text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows]
+    return markdown([text.ljust(width) for text, width in zip(header, widths, strict=True)], padded)
 
 
 def comparison(found: Mapping[str, Mapping[str, Sequence[Result]]], reference: str) -> str:
-    """Every table's rows, and of several tables the epochs of all together.
+    """Every table's rows, and of several tables the epochs of all together, as Markdown.
 
     Args:
-        found: by strategy and table, a result a seed.
-        reference: the strategy whose mean is divided by the others'.
+        found: A result for each seed, by strategy and table.
+        reference: The strategy whose mean is divided by the others'.
     """
-    lines = []
     tables = list(found[reference])
+    parts = []
     for table in tables:
-        lines += [table, HEADER]
-        lines += [
-            line(name, by_table[table], None if name == reference else found[reference][table])
-            for name, by_table in found.items()
+        others = found[reference][table]
+        rows = [
+            fields(name, by_table[table], None if name == reference else others) for name, by_table in found.items()
         ]
+        parts.append(f"### {table}\n\n{aligned(HEADER, rows)}")
     if len(tables) > 1:
-        lines.append("epochs of all tables")
         sums = {
             name: [sum(each.epochs for each in of_seed) for of_seed in zip(*by_table.values(), strict=True)]
             for name, by_table in found.items()
         }
-        for name, epochs in sums.items():
-            low, high = ratio_interval(sums[reference], epochs)
-            ratio = statistics.mean(sums[reference]) / statistics.mean(epochs)
-            lines.append(f"{name:<36} {statistics.mean(epochs):>7.0f} {ratio:>6.2f} [{low:.2f}, {high:.2f}]")
-    return "\n".join(lines)
+        rows = [
+            [name, f"{statistics.mean(epochs):.0f}", "" if name == reference else ratio(sums[reference], epochs)]
+            for name, epochs in sums.items()
+        ]
+        parts.append(f"### all tables\n\n{aligned(['search', 'epochs, mean', 'ratio (95 %)'], rows)}")
+    return "\n\n".join(parts)

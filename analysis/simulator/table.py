@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refilled.config import RunConfig
+from refilled.errors import UserError
+from refilled.metrics import EpochMetrics
 from tune.studies.space import FIRST_MILESTONE
 
 CURVES = Path(__file__).resolve().parent / "curves"
@@ -22,6 +24,9 @@ STAGES = {"e": "embedding", "c": "classifier"}
 Point = Mapping[str, Any]
 Array = NDArray[Any]
 Row = dict[str, Any]
+NOT_RECORDED = dict.fromkeys(
+    ("train_loss", "learning_rate", "gradient_norm", "gradient_norm_max", "images_per_second"), 0.0
+)
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,9 @@ class Curve:
 
     Attributes:
         params: Optuna's parameters, those that were drawn.
-        stages: of every epoch, its first letter.
-        val_accuracy: by epoch; shorter than the problem's epochs where the loss was no longer finite.
-        epoch_s: mean seconds of an epoch by stage.
+        stages: The first letter of each epoch's stage.
+        val_accuracy: Validation accuracy by epoch, up to where the loss was no longer finite.
+        epoch_s: Mean seconds of an epoch by stage.
     """
 
     params: Point
@@ -49,15 +54,21 @@ class Curve:
     def rows(self, num_epochs: int) -> list[Row]:
         """What the trial's process reports, in order, as `refilled.training.loop.run` does."""
         rows: list[Row] = []
-        best, best_epoch = -1.0, 0
+        best: tuple[float, int] | None = None
         for epoch, (stage, value) in enumerate(zip(self.stages, self.val_accuracy, strict=True), start=1):
-            row: Row = {"epoch": epoch, "stage": STAGES[stage], "val_accuracy": value}
-            if stage == "c":
-                if value > best:
-                    best, best_epoch = value, epoch
-                row |= {"best_val_accuracy": best, "best_epoch": best_epoch}
-            row |= {"finished": epoch == num_epochs, "training_iteration": epoch}
-            rows.append(row)
+            if stage == "c" and (best is None or value > best[0]):
+                best = value, epoch
+            row = EpochMetrics(
+                **NOT_RECORDED,
+                epoch=epoch,
+                stage=STAGES[stage],
+                epoch_s=self.epoch_s[STAGES[stage]],
+                finished=epoch == num_epochs,
+                val_accuracy=value,
+                best_val_accuracy=None if best is None else best[0],
+                best_epoch=None if best is None else best[1],
+            )
+            rows.append(row.to_dict() | {"training_iteration": epoch})
         return rows
 
 
@@ -74,11 +85,11 @@ class Table:
     random in the few settings that matter: `agreement` says how well neighbours agree, with weights and without.
 
     Args:
-        name: of the problem.
-        run: its own settings, from which a search of it starts.
-        space: as `tune.studies.space.as_data` says it.
-        curves: one or more; the first is the run itself.
-        is_weighted: false gives every setting the weight 1.
+        name: The name of the problem.
+        run: Its own settings, from which a search of it starts.
+        space: The space, as `tune.studies.space.as_data` gives it.
+        curves: One or more; the first is the run itself.
+        is_weighted: False gives every setting the weight 1.
     """
 
     def __init__(
@@ -97,8 +108,16 @@ class Table:
 
     @classmethod
     def load(cls, name: str, folder: Path = CURVES, *, is_weighted: bool = True) -> Table:
-        """A table that `record.py` wrote."""
-        stored = json.loads(gzip.decompress((folder / f"{name}.json.gz").read_bytes()))
+        """A table that `record.py` wrote.
+
+        Raises:
+            UserError: There is none of that name.
+        """
+        path = folder / f"{name}.json.gz"
+        if not path.exists():
+            recorded = ", ".join(sorted(each.name.removesuffix(".json.gz") for each in folder.glob("*.json.gz")))
+            raise UserError(f"tables must be recorded ones in {folder} ({recorded or 'it has none'}), got {name!r}.")
+        stored = json.loads(gzip.decompress(path.read_bytes()))
         curves = [
             Curve(each["params"], each["stages"], tuple(each["val_accuracy"]), each["epoch_s"])
             for each in stored["trials"]
@@ -111,7 +130,7 @@ class Table:
         """Tables of neighbouring cells, in which the same recorded settings answer for the same settings.
 
         Raises:
-            ValueError: other settings were recorded for one of them.
+            UserError: Other settings were recorded for one of them.
         """
         tables = [cls.load(name, folder, is_weighted=is_weighted) for name in names]
         size = min(len(table.curves) for table in tables)
@@ -119,7 +138,7 @@ class Table:
         for table in tables:
             recorded = [curve.params for curve in table.curves]
             if recorded != [curve.params for curve in tables[0].curves] or table.space != tables[0].space:
-                raise ValueError(f"the tables {', '.join(names)} were recorded at different settings")
+                raise UserError(f"tables must be recorded at the same settings in a grid, got {', '.join(names)}.")
             table._grid = tables
         return tables
 
@@ -146,7 +165,7 @@ class Table:
 
         Args:
             point: Optuna's parameters of a trial.
-            without: positions that may not answer.
+            without: Positions that may not answer.
         """
         encoded = self._encode(point)
         both = self._known & ~np.isnan(encoded)
@@ -167,7 +186,7 @@ class Table:
     @cached_property
     def weights(self) -> Array:
         """Weight of every setting in the distance, 1 on average; the same for all tables of a grid."""
-        return np.mean([table._own_weights for table in self._grid], axis=0)
+        return np.asarray(np.mean([table._own_weights for table in self._grid], axis=0))
 
     @cached_property
     def _own_weights(self) -> Array:

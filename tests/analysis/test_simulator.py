@@ -1,18 +1,15 @@
-import sys
-from pathlib import Path
-
 import optuna
 import pytest
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from analysis.simulate import main
+from analysis.simulator.simulation import Contender, simulate
+from analysis.simulator.strategies import EARLY, ours, random_search, ray_default
+from analysis.simulator.table import Answers, Curve, Table, point_of
 from refilled.config import RunConfig
+from refilled.errors import UserError
 from tune.studies.space import as_data, sample
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from replay.simulation import Contestant, simulate
-from replay.strategies import EARLY, ours, random_search, ray_default
-from replay.table import Answers, Curve, Table, point_of
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 RUN = RunConfig(method="student", epochs=(0, 4))
@@ -86,18 +83,18 @@ class Cutting(FIFOScheduler):
 
 def listed(rates):
     searcher = Listed(rates, [])
-    return Contestant(searcher, Cutting(searcher), lambda suggestion: ("tiny", point(suggestion["rate"])))
+    return Contender(searcher, Cutting(searcher), lambda suggestion: ("tiny", point(suggestion["rate"])))
 
 
-def run(contestant, **more):
+def run(contender, **more):
     table = tiny()
-    return simulate(contestant, {"tiny": table}, **{"slots": 1, "is_over": lambda outcome: False} | more)
+    return simulate(contender, {"tiny": table}, **{"slots": 1, "is_over": lambda outcome: False} | more)
 
 
-def test_a_pruned_a_whole_and_a_failed_trial_are_replayed_row_by_row():
-    contestant = listed([0.02, 0.1, 0.4])
-    outcome = run(contestant)
-    assert contestant.searcher.calls == [
+def test_a_pruned_a_whole_and_a_failed_trial_are_simulated_row_by_row():
+    contender = listed([0.02, 0.1, 0.4])
+    outcome = run(contender)
+    assert contender.searcher.calls == [
         ("suggest", 0),
         ("scheduler add", 0),
         ("scheduler row", 0, 1),
@@ -152,9 +149,9 @@ def test_tune_itself_makes_the_same_calls(local_ray, tmp_path):
 
 
 def test_slots_run_side_by_side_and_take_the_next_trial_when_one_ends():
-    contestant = listed([0.1, 0.02, 0.1])
-    outcome = run(contestant, slots=2, epoch_time=lambda table, row: 3.0)
-    ends = [call for call in contestant.searcher.calls if call[0] == "searcher end"]
+    contender = listed([0.1, 0.02, 0.1])
+    outcome = run(contender, slots=2, epoch_time=lambda table, row: 3.0)
+    ends = [call for call in contender.searcher.calls if call[0] == "searcher end"]
     assert ends == [("searcher end", 1, 2, False), ("searcher end", 0, 4, False), ("searcher end", 2, 4, False)]
     assert [(each.time, each.all_epochs) for each in outcome.whole] == [(12.0, 7), (18.0, 10)]
 
@@ -252,9 +249,7 @@ def test_our_sampler_needs_fewer_epochs_than_random_search():
         first = outcome.first_at(table.name, target)
         return most if first is None else first.epochs
 
-    needed, needed_at_random = (
-        [epochs(strategy, seed) for seed in range(20)] for strategy in (ours(pruner="none"), random_search)
-    )
+    needed, needed_at_random = ([epochs(strategy, seed) for seed in range(20)] for strategy in (ours(), random_search))
     assert sum(needed) < 0.8 * sum(needed_at_random)
 
 
@@ -272,18 +267,30 @@ def test_in_a_grid_the_same_settings_are_answered_by_the_same_recorded_ones():
     assert rows[0] == rows[1]
     alone = [[Table.load(name).nearest(each) for each in points] for name in names]
     assert alone[0] != alone[1]
-    with pytest.raises(ValueError, match="digits-0, digits-student were recorded at different settings"):
+    with pytest.raises(UserError, match="recorded at the same settings in a grid, got digits-0, digits-student"):
         Table.load_grid(["digits-0", "digits-student"])
 
 
-def test_an_embedding_stage_that_is_gone_on_from_costs_no_epochs():
-    table = Table.load("digits-0.4")
-    outcome = simulate(
-        ours(share_embeddings=True, num_trials=12, pruner="none")([table], 0),
-        {table.name: table},
-        slots=1,
-        is_over=lambda outcome: False,
-    )
-    assert len(outcome.whole) == 12
-    assert outcome.time == outcome.num_epochs < 12 * table.num_epochs
-    assert (12 * table.num_epochs - outcome.num_epochs) % table.run.epochs[0] == 0
+@pytest.mark.filterwarnings("ignore:Define-by-run function:UserWarning")  # see above
+def test_the_command_compares_searches_and_goes_on_where_it_was(tmp_path, capfd):
+    report, kept = tmp_path / "report.md", tmp_path / "kept.jsonl"
+    common = ["--tables", "digits-student", "--groups", "determinism", "--against", "ours", "--processes", "1"]
+    small = ["--seeds", "2", "--cap", "3", "--budget", "1", "--out", str(report), "--keep", str(kept)]
+    assert main([*common, *small]) == 0
+    text = report.read_text()
+    assert text.strip() == capfd.readouterr().out.strip()
+    assert "digits-student: 600 trials of 30 epochs" in text
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in rows[2:]] == ["ours", "as trials end", "by batches of 4", "by batches of 8"]
+    assert rows[2][1:-1] == rows[3][1:-1]  # the same search under two names
+    assert rows[3][-1].strip() == "1.00 [1.00, 1.00]"
+    searches = kept.read_text()
+    assert len(searches.splitlines()) == 8
+    assert main([*common, *small]) == 0
+    assert report.read_text() == text
+    assert kept.read_text() == searches
+
+
+def test_a_table_that_is_not_there_is_one_sentence(capsys):
+    assert main(["--tables", "digits-0.3"]) == 2
+    assert "simulate: tables must be recorded ones in" in capsys.readouterr().err

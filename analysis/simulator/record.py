@@ -1,7 +1,7 @@
 """Train random settings of real problems and keep their learning curves, for `table.py` to answer from.
 
-    python tests/benchmarks/replay/record.py digits-0 digits-0.4 digits-1 --trials 400 --storage DIR
-    python tests/benchmarks/replay/record.py cifar-0.4 --data parquet:DIR --trials 200 --storage DIR
+    python -m analysis.simulator.record digits-0 digits-0.4 digits-1 --trials 600 --storage DIR
+    python -m analysis.simulator.record cifar-0.4 --data parquet:DIR --trials 200 --storage DIR
 
 Row 0 of a table is the problem's own settings, with which every search begins; the others are drawn by Optuna's
 RandomSampler through `space.sample`. Rows that a table holds already are kept, and trials are run folders of the
@@ -17,28 +17,26 @@ import dataclasses
 import gzip
 import json
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of `machine` and of this package
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-
 import optuna
 import torch
-from machine import machine_line
-from replay.problems import problems
 
+from analysis.machine import machine_line
+from analysis.simulator.problems import problems
+from analysis.simulator.table import CURVES
 from refilled.config import RunConfig
 from refilled.execution import execute, pretrain_once, run_folder
+from refilled.metrics import EpochMetrics
 from refilled.stages import needs_teacher
+from refilled.storage import Storage
 from refilled.training.compute import Compute
 from tune.studies.space import as_data, default_point, sample
 
-CURVES = Path(__file__).resolve().parent / "curves"
 SAVE_EVERY = 50
 Point = dict[str, Any]
 
@@ -55,27 +53,25 @@ def points(run: RunConfig, count: int, seed: int) -> list[tuple[Point, Point]]:
     return drawn
 
 
-def train(run: RunConfig, storage: Path, num_sharing_runs: int) -> list[dict[str, Any]]:
+def train(run: RunConfig, storage: Storage) -> list[EpochMetrics]:
     """The rows of one run; fewer than its epochs where the loss was no longer finite."""
     torch.set_num_threads(1)
     with contextlib.suppress(FloatingPointError):  # the table then answers with what was reported before
-        execute(run, storage, Compute(torch.device("cpu"), run.precision), num_sharing_runs=num_sharing_runs)
+        execute(run, storage, Compute(torch.device("cpu"), run.precision))
     return run_folder(run, storage).rows()
 
 
-def compact(number: int, params: Point, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def compact(number: int, params: Point, rows: Sequence[EpochMetrics]) -> dict[str, Any]:
     """A table's row: parameters, validation accuracy by epoch, the best of stage classifier, seconds by stage."""
-    seconds = {
-        stage: [row["epoch_s"] for row in rows if row["stage"] == stage] for stage in ("embedding", "classifier")
-    }
+    seconds = {stage: [row.epoch_s for row in rows if row.stage == stage] for stage in ("embedding", "classifier")}
     return {
         "number": number,
         "params": {
             name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in params.items()
         },
-        "stages": "".join(row["stage"][0] for row in rows),
-        "val_accuracy": [round(row["val_accuracy"], 6) for row in rows],
-        "best_val_accuracy": max((round(row.get("best_val_accuracy", 0.0), 6) for row in rows), default=0.0),
+        "stages": "".join(row.stage[0] for row in rows),
+        "val_accuracy": [round(row.val_accuracy or 0.0, 6) for row in rows],
+        "best_val_accuracy": max((round(row.best_val_accuracy or 0.0, 6) for row in rows), default=0.0),
         "epoch_s": {stage: round(sum(each) / len(each), 5) for stage, each in seconds.items() if each},
     }
 
@@ -123,7 +119,7 @@ def record(name: str, run: RunConfig, arguments: argparse.Namespace, pool: Proce
     path = arguments.out / f"{name}.json.gz"
     rows = rows_of(path, run, arguments.seed)
     jobs = {
-        pool.submit(train, run.with_overrides(overrides), arguments.storage, arguments.trials): number
+        pool.submit(train, run.with_overrides(overrides), arguments.storage): number
         for number, (_, overrides) in enumerate(drawn)
         if number not in rows
     }
@@ -138,7 +134,7 @@ def record(name: str, run: RunConfig, arguments: argparse.Namespace, pool: Proce
             print(f"{name}: {len(rows)} of {num_wanted}, best {best:.4f}, {near} within 1 % of it", flush=True)
 
 
-def _pretrain(run: RunConfig, storage: Path) -> None:
+def _pretrain(run: RunConfig, storage: Storage) -> None:
     torch.set_num_threads(1)
     pretrain_once(run, storage, Compute(torch.device("cpu"), run.precision))
 
@@ -151,7 +147,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--storage", type=Path, required=True)
+    parser.add_argument("--storage", type=Storage.open, required=True)
     parser.add_argument("--out", type=Path, default=CURVES)
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)

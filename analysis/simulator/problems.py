@@ -17,7 +17,7 @@ def problems(cifar_data: str = "cifar100") -> Mapping[str, RunConfig]:
     Half of the digits are held out, which leaves 67 images a class to learn from and makes accuracies as fine as 0.3 %.
 
     Args:
-        cifar_data: where CIFAR-100 is, as `RunConfig.data` says it.
+        cifar_data: Where CIFAR-100 is, as `RunConfig.data` says it.
     """
     digits = dataclasses.replace(smoke().run, student="convnet-3", val_fraction=0.5)
     cifar = dataclasses.replace(

@@ -8,9 +8,6 @@ What `ray/tune/execution/tune_controller.py` of Ray 2.60 does with a function th
 - after STOP, and when the function has returned, the last row goes to `scheduler.on_trial_complete`, then to
   `searcher.on_trial_complete`;
 - a function that raises goes to `scheduler.on_trial_error`, then to `searcher.on_trial_complete(error=True)`.
-
-A trial that goes on from another one's embedding stage repeats that stage's rows at once, as `training.loop` does;
-they are the nearest recorded ones, and no epochs of its own.
 """
 
 from __future__ import annotations
@@ -23,13 +20,14 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
-from replay.table import Answers, Point, Row, Table
+
+from analysis.simulator.table import Answers, Point, Row, Table
 
 Suggestion = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Contender:
     """A way to search: what drives the trials, and how its suggestions are read."""
 
     searcher: Any
@@ -88,7 +86,7 @@ class _Slot:
 
 
 def simulate(
-    contestant: Contestant,
+    contender: Contender,
     tables: Mapping[str, Table],
     *,
     slots: int,
@@ -99,14 +97,14 @@ def simulate(
     """Run a search until its searcher has no more or `is_over` says so.
 
     Args:
-        contestant: the search; used up by it.
-        tables: the problems by name.
-        slots: trials side by side.
-        is_over: asked after every row.
-        epoch_time: how long an epoch takes; the unit is the caller's.
-        answers: of a search that this one continues; none: nothing has answered yet.
+        contender: The search; used up by it.
+        tables: The problems by name.
+        slots: Trials side by side.
+        is_over: Asked after every row.
+        epoch_time: How long an epoch takes; the unit is the caller's.
+        answers: Answers of a search that this one continues; none: there are none yet.
     """
-    run = _Simulation(contestant, tables, slots, epoch_time)
+    run = _Simulation(contender, tables, slots, epoch_time)
     run.outcome.answers |= answers or {name: Answers(table) for name, table in tables.items()}
     run.fill()
     while run.events:
@@ -122,39 +120,37 @@ class _Simulation:
 
     def __init__(
         self,
-        contestant: Contestant,
+        contender: Contender,
         tables: Mapping[str, Table],
         slots: int,
         epoch_time: Callable[[Table, Row], float],
     ) -> None:
         self.outcome = Outcome()
         self.events: list[tuple[float, int, _Slot]] = []
-        self._contestant, self._tables, self._slots, self._epoch_time = contestant, tables, slots, epoch_time
+        self._contender, self._tables, self._slots, self._epoch_time = contender, tables, slots, epoch_time
         self._num_started = self._num_events = 0
 
     def fill(self) -> None:
         """Start trials in free slots, as far as the searcher has any for now."""
         while len(self.events) < self._slots:
             trial_id = f"{self._num_started:08d}"
-            suggestion = self._contestant.searcher.suggest(trial_id)
+            suggestion = self._contender.searcher.suggest(trial_id)
             if suggestion is None or suggestion == Searcher.FINISHED:
                 return
             self._num_started += 1
-            name, point = self._contestant.read(suggestion)
+            name, point = self._contender.read(suggestion)
             table = self._tables[name]
             rows = self.outcome.answers[name].curve(point).rows(table.num_epochs)
-            if suggestion.get("origin") == "reuse":
-                rows = [row | {"shared": row["stage"] == "embedding"} for row in rows]
             # A stub is a whole Trial but for its trainable, which only Ray's processes would need.
-            trial = Trial("replayed", config=dict(suggestion), trial_id=trial_id, stub=True)
+            trial = Trial("simulated", config=dict(suggestion), trial_id=trial_id, stub=True)
             trial.set_status(Trial.RUNNING)
-            self._contestant.scheduler.on_trial_add(None, trial)
+            self._contender.scheduler.on_trial_add(None, trial)
             self._await_next(_Slot(trial, table, rows), self.outcome.time)
 
     def step(self) -> None:
         """Take the next row of whichever trial comes first, and hand it on."""
         now, _, slot = heapq.heappop(self.events)
-        searcher, scheduler, trial = self._contestant.searcher, self._contestant.scheduler, slot.trial
+        searcher, scheduler, trial = self._contender.searcher, self._contender.scheduler, slot.trial
         self.outcome.time = now
         if slot.next_row == len(slot.rows):  # the recorded run raised in this epoch
             self.outcome.failed += 1
@@ -164,7 +160,7 @@ class _Simulation:
         row = {**slot.rows[slot.next_row], "trial_id": trial.trial_id}
         slot.next_row += 1
         name = slot.table.name
-        self.outcome.epochs[name] = self.outcome.epochs.get(name, 0) + (not row.get("shared", False))
+        self.outcome.epochs[name] = self.outcome.epochs.get(name, 0) + 1
         is_stopped = scheduler.on_trial_result(None, trial, row) == TrialScheduler.STOP
         if not is_stopped:
             searcher.on_trial_result(trial.trial_id, row)
@@ -181,13 +177,12 @@ class _Simulation:
             self.outcome.whole.append(Whole(name, value, self.outcome.epochs[name], self.outcome.num_epochs, now))
         else:
             self.outcome.pruned += 1
-        self._contestant.scheduler.on_trial_complete(None, slot.trial, row)
-        self._contestant.searcher.on_trial_complete(slot.trial.trial_id, result=row)
+        self._contender.scheduler.on_trial_complete(None, slot.trial, row)
+        self._contender.searcher.on_trial_complete(slot.trial.trial_id, result=row)
         slot.trial.set_status(Trial.TERMINATED)
 
     def _await_next(self, slot: _Slot, now: float) -> None:
         """An epoch that raises takes as long as the one before would have."""
         upcoming = slot.rows[min(slot.next_row, len(slot.rows) - 1)] if slot.rows else {"stage": "embedding"}
         self._num_events += 1
-        time = 0.0 if upcoming.get("shared", False) else self._epoch_time(slot.table, upcoming)
-        heapq.heappush(self.events, (now + time, self._num_events, slot))
+        heapq.heappush(self.events, (now + self._epoch_time(slot.table, upcoming), self._num_events, slot))

@@ -1,0 +1,1 @@
+"""A search simulator: real searchers and schedulers on recorded learning curves of real trials (docs/simulator.md)."""
