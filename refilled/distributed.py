@@ -14,7 +14,7 @@ contract: what is here can be differentiated twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -161,20 +161,59 @@ class _SumOverWorkers(torch.autograd.Function):
 
 
 def agree(flag: bool) -> bool:
-    """Rank 0's answer, known to all workers; also a point where they wait for each other."""
+    """Rank 0's answer, on all workers, which wait for it."""
     if world_size() == 1:
         return flag
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    answer = torch.tensor(int(flag), device=device)
+    answer = _on_group_device(flag)
     dist.broadcast(answer, src=0)
     return bool(answer.item())
+
+
+def everyone(flag: bool) -> bool:
+    """Whether it is true on all workers, which wait for each other."""
+    if world_size() == 1:
+        return flag
+    answer = _on_group_device(flag)
+    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
+    return bool(answer.item())
+
+
+def barrier() -> None:
+    """Wait until all workers are here."""
+    everyone(True)
+
+
+def on_rank_zero(action: Callable[[], _Value]) -> _Value:
+    """What an action on rank 0 gives, for all workers.
+
+    Args:
+        action: What it gives can be pickled, see `from_rank_zero`.
+
+    Raises:
+        OSError: The action's, on all workers: else those that wait for rank 0 would take its next word for the answer.
+    """
+    outcome: Any = None
+    try:
+        outcome = action() if rank() == 0 else None
+    except OSError as error:
+        outcome = error
+    outcome = from_rank_zero(outcome)
+    if isinstance(outcome, OSError):
+        raise outcome
+    result: _Value = outcome
+    return result
+
+
+def _on_group_device(flag: bool) -> Tensor:
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return torch.tensor(int(flag), device=device)
 
 
 def from_rank_zero(value: _Value) -> _Value:
     """Rank 0's value, for all workers; what the others give is not looked at.
 
     Args:
-        value: anything that can be pickled; its tensors are on the CPU.
+        value: Anything that can be pickled; its tensors are on the CPU.
     """
     if world_size() == 1:
         return value

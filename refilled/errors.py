@@ -25,7 +25,7 @@ def storage_full(error: BaseException) -> StorageFullError | None:
     """What to say of an error that comes from a full disk, none of any other.
 
     Args:
-        error: of this program, or of a library that met it on the way; its causes are looked at too.
+        error: An error of this program, or of a library that met it on the way; its causes are looked at too.
     """
     seen: BaseException | None = error
     while seen is not None:

@@ -2,130 +2,108 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from refilled import distributed
 from refilled.config import RunConfig
-from refilled.embedding_cache.bank import bank_for
-from refilled.errors import UserError
-from refilled.identity import run_key, stage_key
-from refilled.methods import has_embedding_stage
-from refilled.shared_stage import SharedStage, embeddings_of
+from refilled.embedding_cache import embedding_cache
+from refilled.identity import run_key
+from refilled.metrics import EpochMetrics, Report
 from refilled.stages import complete, needs_teacher
-from refilled.storage import mirror
+from refilled.storage import Storage
 from refilled.storage.model_file import load_model
-from refilled.storage.run_folder import Row, RunFolder
-from refilled.storage.store import only_here, read_json, write_json
+from refilled.storage.run_folder import RunFolder
 from refilled.tasks.classification import Task, load_task, load_test_images
 from refilled.teacher import FrozenTeacher, pretraining_run, teacher_folder
-from refilled.training.carrier import FolderCarrier
 from refilled.training.compute import Compute
 from refilled.training.evaluation import accuracy
 from refilled.training.loop import run
 
-_log = logging.getLogger(__name__)
 
-
-def cache_of(storage: Path) -> Path:
-    """Where decoded images are kept."""
-    return storage / "cache"
-
-
-def run_folder(config: RunConfig, storage: Path) -> RunFolder:
+def run_folder(config: RunConfig, storage: Storage) -> RunFolder:
     """The folder of a run, whether or not it exists yet."""
-    task = load_task(config, cache_of(storage))
-    return RunFolder(storage / "runs" / run_key(config, task.spaces, task.data_digest))
+    task = load_task(config, storage)
+    return RunFolder(storage, storage.root / "runs" / run_key(config, task.spaces, task.data_digest))
 
 
-def pretrain_once(config: RunConfig, storage: Path, compute: Compute) -> RunFolder:
-    """The folder of the finished teacher, trained here unless it exists or others are at it."""
+def pretrain_once(config: RunConfig, storage: Storage, compute: Compute) -> RunFolder:
+    """The folder of the finished teacher of a configuration, trained here unless it exists or others are at it."""
     folder = teacher_folder(config, storage)
-    if distributed.agree(folder.result() is not None):
-        folder.complete()
-        return folder
-    with only_here(folder.path):
-        if not distributed.agree(folder.result() is not None):
-            pretraining = pretraining_run(config)
-            task = load_task(pretraining, storage / "cache")
-            if distributed.rank() == 0:
-                folder.create(*_about(pretraining, task))
-            run(pretraining, task, None, FolderCarrier(folder), compute)
+    _train_once(pretraining_run(config), folder, compute)
     return folder
 
 
-def execute(
-    config: RunConfig,
-    storage: Path,
-    compute: Compute,
-    on_report: Callable[[Row], None] | None = None,
-    *,
-    num_sharing_runs: int = 1,
-    share_embeddings: bool = False,
-) -> Row:
+def embed_once(config: RunConfig, storage: Storage, compute: Compute) -> None:
+    """See to it that the embedding cache of a configuration is there, and its teacher; waits for others at it."""
+    task = load_task(config, storage)
+    _load_teacher(config, task, storage, compute, with_cache=True)
+
+
+def execute(config: RunConfig, storage: Storage, compute: Compute, on_report: Report | None = None) -> EpochMetrics:
     """Train, or continue, or find finished, one run on this worker or this group of workers.
 
     Args:
-        config: of the run.
-        storage: folder shared by all workers.
-        compute: device and precision of this worker.
-        on_report: takes every row as it comes; a run that is continued, or is finished already, passes its rows again.
-        num_sharing_runs: runs, this one among them, of the same teacher and images, which would share a bank.
-        share_embeddings: continue from the finished stage embedding of another run that has the same one, and leave it
-            for others where it is trained here. Rows that were taken over have `shared`: true; nothing else differs.
+        config: The run's configuration.
+        storage: Shared by all workers.
+        compute: Device and precision of this worker.
+        on_report: Takes every row as it comes; a run that is continued, or is finished already, passes its rows again.
 
     Returns:
-        The last row (see `refilled.training.loop.run`).
+        The last row.
     """
-    task = load_task(config, cache_of(storage))
-    folder = RunFolder(storage / "runs" / run_key(config, task.spaces, task.data_digest))
-    carrier = FolderCarrier(folder, on_report)
-    with only_here(folder.path):
-        finished = folder.result()
-        if distributed.agree(finished is not None):
-            row: Row = finished or folder.result() or {}
-            folder.complete()
-            carrier.repeat(distributed.from_rank_zero(folder.rows()))
-            return row
-        if distributed.rank() == 0:
-            folder.create(*_about(config, task))
-        teacher = _teacher(config, task, storage, compute, num_sharing_runs)
-        shared = _shared_stage(config, task, teacher, folder, storage, compute) if share_embeddings else None
-        return run(config, task, teacher, carrier, compute, shared)
+    return _train_once(config, run_folder(config, storage), compute, on_report)
 
 
-def refit(
-    config: RunConfig,
-    storage: Path,
-    compute: Compute,
-    on_report: Callable[[Row], None] | None = None,
-    *,
-    num_sharing_runs: int = 1,
-) -> float:
+def _train_once(
+    config: RunConfig, folder: RunFolder, compute: Compute, on_report: Report | None = None
+) -> EpochMetrics:
+    """Find a run finished in its folder, or train it while no other process does."""
+    rows = _rows_of_finished(folder)
+    if rows is None:
+        with folder.storage.exclusive(folder.path):
+            rows = _rows_of_finished(folder)  # whoever had the lock before may have done it
+            if rows is None:
+                task = load_task(config, folder.storage)
+                folder.create(*_about(config, task))
+                teacher = _load_teacher(config, task, folder.storage, compute)
+                return run(config, task, teacher, folder, compute, on_report)
+    if on_report is not None:
+        for each in rows:
+            on_report(each)
+    return rows[-1]
+
+
+def _rows_of_finished(folder: RunFolder) -> list[EpochMetrics] | None:
+    """The rows of a run that is finished, as rank 0 finds it."""
+    is_finished = distributed.rank() == 0 and folder.result() is not None
+    if not distributed.agree(is_finished):
+        return None
+    folder.complete()
+    return distributed.from_rank_zero(folder.rows())
+
+
+def refit(config: RunConfig, storage: Storage, compute: Compute, on_report: Report | None = None) -> float:
     """Train on all training images, then read the test set, once for this configuration and seed (invariant 1).
 
     This is the only place that reads test images, and it takes only configurations that hold nothing out, which no
-    search runs. The arguments are those of `execute`, but it trains every stage itself.
+    search runs. The arguments are those of `execute`.
 
     Returns:
         Test accuracy of the student at the end of the run.
     """
     assert config.val_fraction == 0, "a refit trains on all training images"
-    execute(config, storage, compute, on_report, num_sharing_runs=num_sharing_runs)
+    execute(config, storage, compute, on_report)
     folder = run_folder(config, storage)
-    path = folder.path / "test.json"
-    with only_here(folder.path):
-        if not distributed.agree(_is_tested(path)):
-            task = load_task(config, cache_of(storage))
-            test = load_test_images(config, cache_of(storage), task.spaces.student)
-            student = compute.place_model(load_model(folder.path / "model.pt"))
+    with storage.exclusive(folder.path):
+        value = distributed.from_rank_zero(folder.test_accuracy())
+        if value is None:
+            task = load_task(config, storage)
+            test = load_test_images(config, storage, task.spaces.student)
+            storage.fetch(folder.model_path)
+            student = compute.place_model(load_model(folder.model_path))
             value = accuracy(student, test, task.normalization, compute)
-            if distributed.rank() == 0:
-                write_json(path, {"test_accuracy": value, "num_images": len(test.labels), "test_digest": test.digest})
-            distributed.agree(True)  # nobody reads the file before it is there
-    return float(read_json(path)["test_accuracy"])
+            folder.keep_test({"test_accuracy": value, "num_images": len(test.labels), "test_digest": test.digest})
+        return value
 
 
 def _about(config: RunConfig, task: Task) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -139,35 +117,21 @@ def _about(config: RunConfig, task: Task) -> tuple[dict[str, Any], tuple[str, ..
     return about, task.spaces.student
 
 
-def _is_tested(path: Path) -> bool:
-    """Whether a refit's test accuracy is known; a damaged file is a warning, and the same model is tested again."""
-    try:
-        return mirror.fetch(path) and 0 <= float(read_json(path)["test_accuracy"]) <= 1
-    except (UserError, KeyError, TypeError, ValueError) as error:
-        _log.warning("%s must hold a test accuracy, but does not (%s).", path, error)
-        return False
-
-
-def _teacher(
-    config: RunConfig, task: Task, storage: Path, compute: Compute, num_sharing_runs: int
+def _load_teacher(
+    config: RunConfig, task: Task, storage: Storage, compute: Compute, *, with_cache: bool | None = None
 ) -> FrozenTeacher | None:
+    """The teacher of a run that needs one, pre-trained here unless it is there, with its embedding cache if it has one.
+
+    Args:
+        config: The run's configuration.
+        task: Its images.
+        storage: Where teachers and caches are kept.
+        compute: Device and precision.
+        with_cache: See `embedding_cache`.
+    """
     if not needs_teacher(config):
         return None
     pretrain_once(config, storage, compute)
     teacher = FrozenTeacher.load(config, task, storage, compute)
-    teacher.bank = bank_for(config, task, teacher, storage, compute, num_sharing_runs)
+    teacher.cache = embedding_cache(config, task, teacher, storage, compute, is_wanted=with_cache)
     return teacher
-
-
-def _shared_stage(
-    config: RunConfig, task: Task, teacher: FrozenTeacher | None, folder: RunFolder, storage: Path, compute: Compute
-) -> SharedStage | None:
-    if teacher is None or not has_embedding_stage(config.method):
-        return None
-    return SharedStage(
-        path=embeddings_of(storage) / stage_key(config, task.spaces, task.data_digest),
-        num_epochs=config.epochs[0],
-        teacher=teacher.identity,
-        run=folder,
-        device=compute.device,
-    )

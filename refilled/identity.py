@@ -1,4 +1,4 @@
-"""What a run is, as opposed to where and how it is done: the keys under which runs and finished stages are kept.
+"""What a run is, as opposed to where and how it is done: the keys under which runs are kept.
 
 An identity holds the settings that determine a run's numbers and differ from a frozen table: `BASE`, and for terms that
 have their settings to themselves what their `Config.added` says. So a new setting whose entry means "as before" changes
@@ -14,7 +14,7 @@ from refilled.config import Config, RunConfig, content_hash
 from refilled.config.tables import digest_of
 from refilled.data.label_space import LabelSpaces
 from refilled.methods import is_users, terms_of
-from refilled.stages import Stage, place_of, stages_of, term_config
+from refilled.stages import place_of, stages_of, term_config
 
 FORMAT = 2  # part of every identity: raise it when the numbers of a method or the meaning of an entry below change
 
@@ -51,7 +51,7 @@ BASE: Mapping[str, Any] = {
     "views.num_views": None,
     "pretraining.global_batch_size": 128,
     "pretraining.seed": 0,
-    "bank.dtype": "float16",
+    "embedding_cache.dtype": "float16",
     **{
         f"{owner}.{name}": value
         for owner in ("optimizer", "pretraining.optimizer")
@@ -71,11 +71,13 @@ BASE: Mapping[str, Any] = {
     },
 }
 
+_STORED_AS = {"embedding_cache.dtype": "bank.dtype"}  # settings that had other names when keys were first stored
+
 # What determines nothing by itself: where data lies and how its order is named (its digest and the class lists count),
 # how often a state is kept, where the teacher's embeddings come from. The method counts as its terms.
 _ELSEWHERE = ("data", "class_order", "num_teacher_classes", "num_student_classes", "overlap", "method", "epochs")
-_INDIFFERENT = ("checkpoint_every", "bank.mode", "bank.max_gib")
-_OF_TEACHER = ("teacher", "teacher_epochs", "bank.dtype")
+_INDIFFERENT = ("checkpoint_every", "embedding_cache.mode", "embedding_cache.max_gib")
+_OF_TEACHER = ("teacher", "teacher_epochs", "embedding_cache.dtype")
 _OF_NEAREST_MEAN = ("ncm_images_per_class",)
 NOT_BY_ITSELF = _ELSEWHERE + _INDIFFERENT
 
@@ -85,32 +87,18 @@ def run_key(config: RunConfig, spaces: LabelSpaces, data_digest: str) -> str:
 
     What the run's terms do not read does not count, so the vanilla students of all teachers are one.
     """
-    return _key(identity(config, spaces, data_digest, stages_of(config)), config)
+    return f"{content_hash(identity(config, spaces, data_digest))}-{config.seed}"
 
 
-def stage_key(config: RunConfig, spaces: LabelSpaces, data_digest: str, num_stages: int = 1) -> str:
-    """Content hash of everything that determines the student after a run's first stages, followed by the seed.
-
-    It is the identity of the run that ends there, the names of its terms included: different losses never share one.
-
-    Raises:
-        ValueError: The run has no stage after these.
-    """
-    stages = stages_of(config)
-    if not 1 <= num_stages < len(stages):
-        raise ValueError(f"method {config.method} has {len(stages)} stages, of which {num_stages} cannot be shared")
-    return _key(identity(config, spaces, data_digest, stages[:num_stages]), config)
-
-
-def identity(config: RunConfig, spaces: LabelSpaces, data_digest: str, stages: tuple[Stage, ...]) -> dict[str, Any]:
-    """What determines the numbers of some of a run's stages, as plain data.
+def identity(config: RunConfig, spaces: LabelSpaces, data_digest: str) -> dict[str, Any]:
+    """What determines a run's numbers, as plain data.
 
     Args:
         config: The run's configuration.
         spaces: Its class lists.
         data_digest: Digest of the data's training part.
-        stages: The first of its stages, or all.
     """
+    stages = stages_of(config)
     found: dict[str, Any] = {
         "format": FORMAT,
         "data": data_digest,
@@ -126,20 +114,15 @@ def identity(config: RunConfig, spaces: LabelSpaces, data_digest: str, stages: t
     for stage in stages:
         for term in stage.terms:
             as_before |= {f"{place_of(term)}.{name}": value for name, value in term.Config.added.items()}
-    for name, value in determining(config, stages).items():
+    for name, value in determining(config).items():
         if name not in as_before or value != as_before[name]:
-            found[name] = _portable(value, config) if name in ("teacher", "student") else value
+            found[_STORED_AS.get(name, name)] = _portable(value, config) if name in ("teacher", "student") else value
     return found
 
 
-def determining(config: RunConfig, stages: tuple[Stage, ...] | None = None) -> dict[str, Any]:
-    """The settings that some stages of a run read, those that determine nothing left out, by dotted name.
-
-    Args:
-        config: The run's configuration.
-        stages: Of its stages, those that are asked about; none: all.
-    """
-    stages = stages_of(config) if stages is None else stages
+def determining(config: RunConfig) -> dict[str, Any]:
+    """The settings that a run reads, those that determine nothing left out, by dotted name."""
+    stages = stages_of(config)
     own = config.flat()
     names = {name for name in own if name.partition(".")[0] not in ("embedding", "classifier", "terms", "sources")}
     names -= set(NOT_BY_ITSELF)
@@ -158,30 +141,9 @@ def determining(config: RunConfig, stages: tuple[Stage, ...] | None = None) -> d
     return found
 
 
-def determines_first_stage(name: str, config: RunConfig) -> bool:
-    """Whether another value of a setting may change a run's first stage.
-
-    Args:
-        name: Dotted, of a `RunConfig` or derived from one of its parts (`embedding.schedule.first_milestone`). The
-            answer is yes for a name that is not known, and for `epochs`, of which the first stage has the first.
-        config: The run's configuration.
-    """
-    if name in _INDIFFERENT:
-        return False
-    first = stages_of(config)[0]
-    read = {first.name, *(place_of(term) for term in first.terms)}
-    head, *rest = name.split(".")
-    owner = ".".join((head, *rest[:1])) if head == "terms" else head
-    return owner in read or (owner != "classifier" and head != "terms")
-
-
 def _portable(name: str, config: RunConfig) -> str:
     """A name that means the same everywhere: for something of the user's, its file's digest in place of the path."""
     if not is_users(name):
         return name
     path, _, attribute = name.rpartition(":")
     return f"{digest_of(config.sources.text_of(path) or '')}:{attribute}"
-
-
-def _key(identity: dict[str, Any], config: RunConfig) -> str:
-    return f"{content_hash(identity)}-{config.seed}"

@@ -56,7 +56,7 @@ def keyed_uint64(seed: int, *keys: Tensor | int) -> Tensor:
         keys: Integers or integer tensors, broadcast against each other. Their order and number matter.
 
     Returns:
-        int64 tensor of the broadcast shape of the keys (0-dimensional, on the CPU, if all are Python integers), to be
+        Int64 tensor of the broadcast shape of the keys (0-dimensional, on the CPU, if all are Python integers), to be
         read as 64 bits: half of the values are negative. For fixed other keys it is a bijection of any one key, so
         different keys never share a value.
 
@@ -80,9 +80,9 @@ def keyed_uniform(seed: int, *keys: Tensor | int, dtype: torch.dtype = torch.flo
     """Uniform numbers in [0, 1): multiples of 2^-53 (float64) or of 2^-24 (float32), so 1 is never reached.
 
     Args:
-        seed: As in `keyed_uint64`.
-        keys: As in `keyed_uint64`.
-        dtype: float64 or float32.
+        seed: See `keyed_uint64`.
+        keys: See `keyed_uint64`.
+        dtype: Float64 or float32.
 
     Returns:
         Tensor of `dtype`, of the broadcast shape of the keys.
@@ -101,11 +101,11 @@ def keyed_integers(high: int, seed: int, *keys: Tensor | int) -> Tensor:
 
     Args:
         high: The exclusive upper bound, at least 1.
-        seed: As in `keyed_uint64`.
-        keys: As in `keyed_uint64`.
+        seed: See `keyed_uint64`.
+        keys: See `keyed_uint64`.
 
     Returns:
-        int64 tensor of the broadcast shape of the keys.
+        Int64 tensor of the broadcast shape of the keys.
 
     Raises:
         ValueError: `high` is below 1.
@@ -120,12 +120,12 @@ def keyed_permutation(n: int, seed: int, *keys: int, device: torch.device | str 
 
     Args:
         n: Length, at least 0.
-        seed: As in `keyed_uint64`.
+        seed: See `keyed_uint64`.
         keys: Integers, for example the epoch.
         device: Where the result lies; the numbers are the same everywhere.
 
     Returns:
-        int64 [n].
+        Int64 [n].
     """
     places = torch.arange(n, dtype=torch.int64, device=device)
     return torch.argsort(keyed_uint64(seed, *keys, places), stable=True)

@@ -139,7 +139,7 @@ def preset(name: str) -> SearchConfig:
     """The preset of that name.
 
     Raises:
-        UserError: naming those that exist.
+        UserError: Naming those that exist.
     """
     if name not in PRESETS:
         raise UserError(f"PRESET must be one of {', '.join(PRESETS)}, got {name!r}.")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
+from torch import Tensor
 
 from refilled.config import RunConfig
 from refilled.data.batches import epoch_batches
 from refilled.data.images import make_image_set
+from refilled.errors import UserError
 from refilled.keyed import derive_seed, keyed_permutation
 from refilled.methods import StageName
+from refilled.metrics import EpochMetrics
 from refilled.models import Model, build_model
 from refilled.stages import named_by_user, needs_teacher, stages_of
-from refilled.storage.run_folder import Row
 from refilled.tasks.classification import Task
 from refilled.teacher import FrozenTeacher
 from refilled.training.compute import Compute
@@ -29,8 +32,8 @@ class Steps:
     """One stage's steps, those of `refilled.training.loop`, on one batch an epoch.
 
     Attributes:
-        student: as the steps leave it.
-        optimizer: its.
+        student: The network, as the steps leave it.
+        optimizer: Its.
     """
 
     def __init__(
@@ -44,8 +47,8 @@ class Steps:
         self.student.train()
         self._epoch = 0
 
-    def __call__(self) -> None:
-        """Draw a batch and train on it."""
+    def __call__(self) -> Tensor:
+        """Draw a batch and train on it; returns its loss, a scalar on the run's device."""
         config = self._learner.config
         batches = epoch_batches(
             self._learner.task.train.labels,
@@ -53,10 +56,11 @@ class Steps:
             seed=config.seed,
             epoch=self._epoch,
         )
-        step(self._learner, self._stage, self.optimizer, next(batches), self._epoch)
+        loss, _ = step(self._learner, self._stage, self.optimizer, next(batches), self._epoch)
         self._epoch += 1
+        return loss
 
-    def state(self, rows: list[Row]) -> dict[str, object]:
+    def state(self, rows: list[EpochMetrics]) -> dict[str, object]:
         """What a checkpoint would hold now."""
         return state_of(self._learner, self.optimizer, rows)
 
@@ -80,7 +84,12 @@ def rehearse(config: RunConfig, task: Task) -> None:
         teacher = untrained_teacher(config, few, compute) if needs_teacher(config) else None
         for stage in stages_of(config):
             steps = Steps(config, few, teacher, compute, stage.name)
-            steps()
+            loss = float(steps())
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"method {config.method} must have a finite loss, but before anything is trained that of stage "
+                    f"{stage.name} is {loss}."
+                )
             accuracy(steps.student, few.train, few.normalization, compute)
 
 
@@ -98,7 +107,7 @@ def untrained_teacher(config: RunConfig, task: Task, compute: Compute) -> Frozen
     model = compute.place_model(model)
     prototypes = torch.randn(len(task.spaces.student), model.embedding_dim, generator=torch.Generator().manual_seed(0))
     prototypes = prototypes.to(compute.device, compute.dtype)
-    return FrozenTeacher(model, prototypes, compute, getattr(torch, config.bank.dtype), identity="untrained")
+    return FrozenTeacher(model, prototypes, compute, getattr(torch, config.embedding_cache.dtype), identity="untrained")
 
 
 def some_of(task: Task, count: int) -> Task:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from refilled.config import RunConfig, ScheduleConfig, SearchConfig, Sources, TermConfig, TermSettings
+from refilled.config.base import FieldError
 from refilled.data.label_space import LabelSpaces
 from refilled.errors import UserError
 from refilled.methods import TERMS, StageName, is_users, terms_of, user_terms
@@ -29,9 +30,9 @@ class Stage:
     """One stage of a run.
 
     Attributes:
-        name: Of the stage.
+        name: The stage's name.
         num_epochs: Its length.
-        schedule: Of the learning rate.
+        schedule: Learning rates.
         weight: Factor on the sum of the terms' losses.
         terms: Classes of its terms, in the order of the method.
         trains: The whole student, or all of it but the head.
@@ -149,7 +150,10 @@ def term_config(term: type[Term], config: RunConfig) -> TermConfig:
     if unknown:
         known = ", ".join(sorted(names)) or "no settings"
         raise UserError(f"Unknown setting terms.{term.name}.{unknown[0]}; term {term.name} has {known}.")
-    return term.Config.from_dict(given)
+    try:
+        return term.Config.from_dict(given)
+    except FieldError as error:
+        raise error.within(term.name) from None
 
 
 def num_epochs_of(config: RunConfig) -> int:

@@ -10,7 +10,7 @@ def mean_and_ci95(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and half width of its 95 % interval by Student's t; one value has a mean and no interval.
 
     Raises:
-        ValueError: for no values (`statistics.StatisticsError`).
+        ValueError: For no values (`statistics.StatisticsError`).
     """
     mean = statistics.fmean(values)
     if len(values) == 1:

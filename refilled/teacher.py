@@ -8,29 +8,27 @@ once train it once.
 from __future__ import annotations
 
 import hashlib
-import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from refilled import distributed
 from refilled.config import ClassifierConfig, RunConfig, content_hash
-from refilled.errors import UserError
 from refilled.identity import run_key
 from refilled.models import Model
-from refilled.storage import mirror
+from refilled.storage import Kind, Storage
 from refilled.storage.model_file import load_model
 from refilled.storage.run_folder import RunFolder
-from refilled.storage.tensor_file import load_tensors, save_tensors
+from refilled.storage.tensor_file import load_tensors, tensor_bytes
 from refilled.tasks.classification import Task, load_task
 from refilled.terms import TeacherOutput
 from refilled.terms.base import wide
 from refilled.training.compute import Compute
 from refilled.training.evaluation import class_means
 
-_log = logging.getLogger(__name__)
+PROTOTYPES = Kind("prototypes")
 
 
 def pretraining_run(config: RunConfig) -> RunConfig:
@@ -63,11 +61,16 @@ def pretraining_run(config: RunConfig) -> RunConfig:
     )
 
 
-def teacher_folder(config: RunConfig, storage: Path) -> RunFolder:
+def teacher_folder(config: RunConfig, storage: Storage) -> RunFolder:
     """Where the teacher of a configuration is kept, whether or not it exists yet."""
     pretraining = pretraining_run(config)
-    task = load_task(pretraining, storage / "cache")
-    return RunFolder(storage / "teachers" / run_key(pretraining, task.spaces, task.data_digest))
+    task = load_task(pretraining, storage)
+    return RunFolder(storage, storage.root / "teachers" / run_key(pretraining, task.spaces, task.data_digest))
+
+
+def identity_of(folder: RunFolder) -> str:
+    """Hash of a finished teacher's configuration and weights."""
+    return content_hash([folder.path.name, hashlib.sha256(folder.model_path.read_bytes()).hexdigest()])
 
 
 class KnownEmbeddings(Protocol):
@@ -81,13 +84,13 @@ class FrozenTeacher:
     """A pre-trained network that is only asked, never trained.
 
     Attributes:
-        identity: hash of its configuration and weights.
+        identity: Hash of its configuration and weights.
         embedding_dim: D.
         num_classes: C', of its own head.
         feature_channels: Channels of every feature map.
-        borders_end_in_relu: As `Model.borders_end_in_relu`.
+        borders_end_in_relu: See `Model.borders_end_in_relu`.
         prototypes: [C, D] class means of the student's classes over the whole training split, unaugmented (Eq. 6).
-        bank: what it says of every training image and view, where that is known already.
+        cache: What it says of every training image and view, where that is known already.
     """
 
     def __init__(
@@ -102,45 +105,45 @@ class FrozenTeacher:
         self.feature_channels = model.feature_channels
         self.borders_end_in_relu = model.borders_end_in_relu
         self.prototypes = prototypes
-        self.bank: KnownEmbeddings | None = None
+        self.cache: KnownEmbeddings | None = None
 
     @classmethod
-    def load(cls, config: RunConfig, task: Task, storage: Path, compute: Compute) -> FrozenTeacher:
+    def load(cls, config: RunConfig, task: Task, storage: Storage, compute: Compute) -> FrozenTeacher:
         """The finished teacher of a configuration, with its prototypes for the student's classes.
 
         Args:
-            config: of the student's run.
-            task: the student's images.
-            storage: the search's folder, where the teacher must be already.
-            compute: device and precision.
+            config: The configuration of the student's run.
+            task: The student's images.
+            storage: Where the teacher must be already.
+            compute: Device and precision.
         """
         folder = teacher_folder(config, storage)
-        model = compute.place_model(load_model(folder.path / "model.pt"))
-        weights = hashlib.sha256((folder.path / "model.pt").read_bytes()).hexdigest()
-        identity = content_hash([folder.path.name, weights])
-        path = storage / "prototypes" / f"{content_hash([identity, task.train.digest, config.precision])}.pt"
+        storage.fetch(folder.model_path)
+        model = compute.place_model(load_model(folder.model_path))
+        identity = identity_of(folder)
 
-        kept = distributed.from_rank_zero(_kept_prototypes(path) if distributed.rank() == 0 else None)
-        if kept is not None:
-            prototypes = kept.to(compute.device)
-        else:
-            prototypes = class_means(model, task.train, task.normalization, compute)
-            if distributed.rank() == 0:  # several processes may write the same content; each rename is whole
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_tensors(path, {"prototypes": prototypes.cpu()})
-        rounding = getattr(torch, config.bank.dtype)
-        return cls(model, prototypes, compute, rounding, identity)
+        def build(path: Path | None) -> Mapping[str, Any]:
+            means = class_means(model, task.train, task.normalization, compute)
+            if path is not None:
+                (path / "prototypes.pt").write_bytes(tensor_bytes({"prototypes": means.cpu()}))
+            return {"teacher": identity, "train_digest": task.train.digest, "precision": config.precision}
+
+        key = content_hash([identity, task.train.digest, config.precision])
+        artifact = storage.artifacts.make(PROTOTYPES, key, build)
+        assert artifact is not None, "it waits for whoever is making it"
+        prototypes = load_tensors(artifact.path / "prototypes.pt")["prototypes"].to(compute.device)
+        return cls(model, prototypes, compute, getattr(torch, config.embedding_cache.dtype), identity)
 
     def embed(self, images: Tensor, image_ids: Tensor, view_ids: Tensor) -> Tensor:
-        """Embeddings [B, D] of views of training images, as a bank has them, with or without one.
+        """Embeddings [B, D] of views of training images, as an embedding cache has them, with or without one.
 
         Args:
-            images: the views, normalised, [B, C, H, W].
-            image_ids: int64 [B], positions in the training set.
-            view_ids: int64 [B].
+            images: The views, normalised, [B, C, H, W].
+            image_ids: Int64 [B], positions in the training set.
+            view_ids: Int64 [B].
         """
-        if self.bank is not None:
-            return self.bank.embed(image_ids, view_ids)
+        if self.cache is not None:
+            return self.cache.embed(image_ids, view_ids)
         return self.embed_live(images).to(self._rounding).to(self._compute.dtype)
 
     def output(self, images: Tensor) -> TeacherOutput:
@@ -160,15 +163,3 @@ class FrozenTeacher:
         with torch.no_grad():
             scores: Tensor = self._model.head(embedding)
         return scores
-
-
-def _kept_prototypes(path: Path) -> Tensor | None:
-    """The file's prototypes, none where it is not there, or, after a warning, is damaged."""
-    if not mirror.fetch(path):
-        return None
-    try:
-        prototypes: Tensor = load_tensors(path)["prototypes"]
-    except (UserError, KeyError) as error:
-        _log.warning("%s must hold prototypes, but does not (%s); they are computed again.", path, error)
-        return None
-    return prototypes

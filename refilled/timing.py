@@ -1,7 +1,11 @@
-"""What a run's parts take: a few real steps of every kind, timed, from which the length of a search can be told.
+"""What the parts of runs take: a few real steps of every stage, timed, from which the length of a search can be told.
 
-Steps and validations are those of `training.loop`, on real images. Only the teacher is another: a network of its
+Steps and evaluations are those of `refilled.training`, on real images. Only the teacher is another: a network of its
 architecture that has not been trained, which takes as long.
+
+A part is timed once for all runs that have it. Steps of a stage that asks the teacher for embeddings alone are timed
+with these at hand, as from a cache: with the teacher live they take its forward pass of the batch in addition, which is
+a part of its own.
 """
 
 from __future__ import annotations
@@ -14,263 +18,243 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
 
-from refilled.config import BankConfig, RunConfig
+from refilled.config import RunConfig, Sources, content_hash
 from refilled.data.views import Views
-from refilled.embedding_cache.bank import bank_for
-from refilled.embedding_cache.site import BATCH_SIZE
-from refilled.methods import StageName
+from refilled.methods import VANILLA, StageName
+from refilled.metrics import EpochMetrics
+from refilled.models import build_model
 from refilled.rehearsal import Steps, some_of, untrained_teacher
-from refilled.stages import needs_teacher, stages_of
-from refilled.storage.model_file import load_model
+from refilled.stages import Stage, needs_teacher, stages_of
+from refilled.storage import Storage
 from refilled.storage.run_folder import RunFolder
-from refilled.storage.tensor_file import save_tensors
 from refilled.tasks.classification import Task, load_task
-from refilled.teacher import FrozenTeacher, pretraining_run
-from refilled.training.carrier import FolderCarrier
 from refilled.training.compute import Compute
-from refilled.training.evaluation import EVALUATION_BATCH_SIZE, accuracy, nearest_mean_accuracy
-from refilled.training.learner import state_of_student
+from refilled.training.evaluation import EVALUATION_BATCH_SIZE, accuracy
+from refilled.training.learner import make_learner
 
-# What takes less than a block is repeated to fill one: a processor that others use too stops a step now and then, which
-# adds up over a run but which the median of single steps would not see.
-MOST_BLOCKS, BLOCK_S = 5, 0.05
+Kind = Literal["step", "image", "epoch"]
+BLOCKS = 5  # of calls, whose median is taken: a processor that others use too stops a call now and then
+# What changes no step's time. Overlaps differ in which classes there are, not in how many.
+_UNTIMED = (
+    *("overlap", "val_fraction", "ncm_images_per_class", "seed", "split_seed", "epochs", "teacher_epochs"),
+    *("checkpoint_every", "pretraining", "embedding_cache"),
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepTimes:
-    """What the parts of a run take one worker, in seconds; 0 for what its method does not do.
+@dataclass(frozen=True)
+class Part:
+    """Something that runs do over and over; parts with the same key take the same time.
 
-    A step's seconds are those of one batch, from drawing it to the new weights.
+    Attributes:
+        key: Hash of all that its time depends on within a kind of machine.
+        name: For people.
+        kind: A step of a stage, the evaluation of one image, or an epoch's checkpoint and row.
+        run: A run that has it.
+        stage: The step's.
+        images: Images that one call takes through the student's network.
     """
 
-    embedding_bank_s: float
-    """A step of stage embedding, the teacher looked up."""
-    embedding_live_s: float
-    """The same, the teacher running."""
-    classifier_bank_s: float
-    """A step of stage classifier, the teacher, if any, looked up."""
-    classifier_live_s: float
-    """The same, the teacher, if any, running."""
-    pretraining_s: float
-    """A vanilla step of the teacher's architecture on the teacher's batch."""
-    accuracy_s: float
-    """Validation by the student's own classifier, for one image."""
-    nearest_mean_s: float
-    """Validation by the nearest class mean, for one image that a mean is made of or that is judged."""
-    teacher_s: float
-    """The teacher's embedding of one view."""
-    epoch_s: float
-    """What an epoch takes beside steps and validation: its checkpoint and its row."""
-    run_s: float
-    """What a run takes beside its epochs: images, networks, files."""
-    alone: float
-    """What a step takes while no other process measures, over what it takes beside them; 1 where that was not timed."""
-    peak_bytes: int
-    """Most memory that a run's tensors take on its GPU, bank and images included; 0 on a CPU."""
-    total_bytes: int
-    """Memory of that GPU; 0 on a CPU."""
+    key: str
+    name: str = field(compare=False)
+    kind: Kind = field(compare=False)
+    run: RunConfig = field(compare=False)
+    stage: StageName | None = field(default=None, compare=False)
+    images: int = field(default=0, compare=False)
 
 
-def measure(
-    config: RunConfig,
-    storage: Path,
-    compute: Compute,
-    *,
-    budget_s: float = 3.0,
-    start_together: Callable[[], None] = lambda: None,
-    others_measure: Callable[[], bool] = lambda: False,
-    then_alone: bool = False,
-) -> StepTimes:
-    """Time the parts of a run on this process; what is written meanwhile is gone afterwards.
+@dataclass(frozen=True)
+class Timed:
+    """What a part takes.
+
+    Attributes:
+        seconds: Of one call.
+        peak_bytes: Most memory of a run that has the part on its GPU, all images and the cache included; 0 on a CPU.
+        total_bytes: Memory of that GPU; 0 on a CPU.
+    """
+
+    seconds: float
+    peak_bytes: int = 0
+    total_bytes: int = 0
+
+
+def step_part(run: RunConfig, stage: Stage) -> Part:
+    """A step of a stage, with the teacher live where a cache does not have all that is asked of it."""
+    source = f", teacher {run.teacher} live" if _is_live(stage) else ", teacher cached" if stage.needs_teacher else ""
+    terms = "+".join(term.name for term in stage.terms)
+    name = f"{run.student} on {run.global_batch_size} images, stage {stage.name} ({terms}){source}"
+    return _part(run, "step", name, run.global_batch_size, stage)
+
+
+def image_part(run: RunConfig) -> Part:
+    """The student's network forward, for one image."""
+    return _part(run, "image", f"{run.student}, evaluation", 1)
+
+
+def epoch_part(run: RunConfig) -> Part:
+    """The checkpoint and the row of an epoch, those of the student's network alone."""
+    return _part(run, "epoch", f"{run.student}, checkpoint", 0)
+
+
+def _part(run: RunConfig, kind: Kind, name: str, images: int, stage: Stage | None = None) -> Part:
+    terms = [term.name for term in stage.terms] if stage else []
+    asks = stage is not None and stage.needs_teacher
+    what = run.to_dict() | dict.fromkeys(_UNTIMED)
+    what |= {"method": terms, "terms": {term: run.terms.of(term) for term in terms}}
+    what |= {"teacher": run.teacher if asks else None}
+    if not stage:
+        run, what = dataclasses.replace(run, method=VANILLA), what | {"embedding": None, "classifier": None}
+    stage_name = stage.name if stage else None
+    return Part(content_hash([kind, stage_name, what]), name, kind, run, stage_name, images)
+
+
+def work_of(part: Part, task: Task) -> float:
+    """What one call computes, in images times parameters that they meet; a step takes three times its forward pass."""
+    run, (channels, size) = part.run, task.train.images.shape[1:3]
+    student, stage = _num_parameters(run.student, channels, size, run.sources), _stage_of(part)
+    if stage is None:
+        return part.images * student
+    teacher = _num_parameters(run.teacher, channels, size, run.sources) if _is_live(stage) else 0
+    return part.images * (3.0 * student + teacher)
+
+
+@functools.lru_cache(maxsize=64)
+def _num_parameters(name: str, channels: int, size: int, sources: Sources) -> int:
+    model = build_model(name, num_classes=2, in_channels=channels, image_size=size, seed=0, sources=sources)
+    return sum(each.numel() for each in model.parameters())
+
+
+def _stage_of(part: Part) -> Stage | None:
+    return next((stage for stage in stages_of(part.run) if stage.name == part.stage), None)
+
+
+def _is_live(stage: Stage) -> bool:
+    """Whether it asks the teacher for what no cache has."""
+    return stage.needs_teacher and not stage.is_cacheable
+
+
+def time_part(part: Part, storage: Storage, compute: Compute, *, seconds: float) -> Timed:
+    """Time one part on this process; what is written meanwhile is gone afterwards.
 
     Args:
-        config: of the run.
-        storage: the search's folder, for decoded images, and to write where runs write.
-        compute: device and precision.
-        budget_s: seconds to spend on steps; some of every kind are timed however long they take.
-        start_together: called when everything is warm, before anything is timed; may wait for other processes.
-        others_measure: while it says so steps go on after the last timed one, so that others are timed beside them.
-        then_alone: time a step once more when the others have ended.
+        part: What is timed.
+        storage: The search's, for decoded images, and to write where runs write.
+        compute: Device and precision.
+        seconds: To spend on calls; one is timed however long it takes.
     """
-    (storage / "timings").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=storage / "timings", prefix=".") as folder:
-        measurement = _Measurement(config, load_task(config, storage / "cache"), Path(folder), compute, budget_s / 6)
-        measurement.warm_up()
-        start_together()
-        times = measurement.times(functools.partial(load_task, config, storage / "cache"))
-        while others_measure():
-            measurement.step()
-        alone = measurement.alone(times) if then_alone else 1.0
-        return dataclasses.replace(times, alone=alone)
+    whole = load_task(part.run, storage)
+    if compute.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(compute.device)
+    with tempfile.TemporaryDirectory(dir=storage.root, prefix=".timing-") as folder:
+        action, calls = _action(part, whole, RunFolder(storage, Path(folder) / "run"), compute)
+        took_s = _median_s(action, compute, seconds, must_warm=part.run.compile or compute.device.type == "cuda")
+    if compute.device.type != "cuda":
+        return Timed(took_s / calls)
+    total_bytes = int(torch.cuda.get_device_properties(compute.device).total_memory)
+    return Timed(took_s / calls, _peak_bytes(part.run, whole, compute, total_bytes), total_bytes)
 
 
-class _Measurement:
-    """The networks and images that are timed, by at most `budget_s` seconds for every kind of step."""
+def _action(part: Part, whole: Task, folder: RunFolder, compute: Compute) -> tuple[Callable[[], object], int]:
+    """What to do, and how many of the part's calls it is."""
+    run = part.run
+    task = some_of(whole, run.global_batch_size)
+    if part.kind == "image":
+        # On a GPU a whole evaluation batch, which fills it; on a CPU an image takes the same in any batch.
+        count = EVALUATION_BATCH_SIZE if compute.device.type == "cuda" else min(EVALUATION_BATCH_SIZE, len(task.train))
+        images = some_of(whole, count).train
+        student = make_learner(run, task, None, compute).student
+        return lambda: accuracy(student, images, task.normalization, compute), len(images)
+    if part.kind == "epoch":  # a step, of whatever size, gives the optimizer the state that a checkpoint holds
+        run = dataclasses.replace(run, global_batch_size=2)
+    stage = _stage_of(part)
+    teacher = untrained_teacher(run, task, compute) if stage and stage.needs_teacher else None
+    steps = Steps(run, task, teacher, compute, part.stage or "classifier")
+    if part.kind == "step":
+        if teacher is not None and compute.device.type == "cuda":
+            steps()  # with the teacher live, which takes the most memory
+        if teacher is not None:
+            teacher.cache = _AtHand(len(task.train), teacher.embedding_dim, compute)
+        return steps, 1
+    folder.create(run.to_dict(), task.spaces.student)
+    epochs = itertools.count(1)
 
-    def __init__(self, config: RunConfig, whole: Task, folder: Path, compute: Compute, budget_s: float) -> None:
-        self._given, self._whole, self._folder, self._compute, self._budget_s = config, whole, folder, compute, budget_s
-        self._task = some_of(whole, config.global_batch_size)
-        # A bank of the fewest views that make one of its own batches; rendering takes the same for few views and many.
-        num_views = min(config.views.most, math.ceil(BATCH_SIZE / len(self._task.train)))
-        views = dataclasses.replace(config.views, num_views=num_views)
-        self._config = dataclasses.replace(config, views=views, bank=BankConfig(mode="bank", dtype=config.bank.dtype))
-        self._live: FrozenTeacher | None = None
-        self._banked: FrozenTeacher | None = None
-        if needs_teacher(config):
-            # The same network twice: one is going to be looked up in a bank.
-            self._live, self._banked = (untrained_teacher(self._config, self._task, compute) for _ in range(2))
-        self._names = [stage.name for stage in stages_of(config)]
+    def write() -> None:
+        row = dataclasses.replace(_ROW, epoch=next(epochs))
+        folder.save_checkpoint(steps.state([row]))
+        folder.append_row(row)
 
-    def warm_up(self) -> None:
-        """Take a process's first step, during which torch loads and compiles parts of itself."""
-        if self._compute.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._compute.device)
-        self.step = self._stage(self._names[0], self._live)
-        self.step()
+    steps()
+    return write, 1
 
-    def times(self, load: Callable[[], object]) -> StepTimes:
-        """Time everything; `load` finds the images again."""
-        if self._banked is not None:
-            self._banked.bank = bank_for(self._config, self._task, self._banked, self._folder, self._compute)
-        steps: dict[tuple[str, str], float] = {}
-        for stage in stages_of(self._config):
-            name = stage.name
-            self.step = self._stage(name, self._banked)
-            steps[name, "bank"] = self._median_s(self.step)
-            live = self._live is not None and stage.needs_teacher
-            steps[name, "live"] = self._median_s(self._stage(name, self._live)) if live else steps[name, "bank"]
-        accuracy_s, nearest_mean_s = self._validation_s()
-        return StepTimes(
-            embedding_bank_s=steps.get(("embedding", "bank"), 0.0),
-            embedding_live_s=steps.get(("embedding", "live"), 0.0),
-            classifier_bank_s=steps["classifier", "bank"],
-            classifier_live_s=steps["classifier", "live"],
-            pretraining_s=self._pretraining_s(),
-            accuracy_s=accuracy_s,
-            nearest_mean_s=nearest_mean_s,
-            teacher_s=self._teacher_s(),
-            epoch_s=self._epoch_s(self.step),
-            run_s=self._run_s(load),
-            alone=1.0,
-            peak_bytes=self._peak_bytes(),
-            total_bytes=self._total_bytes(),
-        )
 
-    def alone(self, times: StepTimes) -> float:
-        """A step of stage classifier now, over the same in `times`; at most 1, as company speeds nothing up."""
-        return min(1.0, self._median_s(self.step, warm=True) / times.classifier_bank_s)
+_ROW = EpochMetrics(
+    epoch=1,
+    stage="classifier",
+    train_loss=0.0,
+    learning_rate=0.0,
+    gradient_norm=0.0,
+    gradient_norm_max=0.0,
+    images_per_second=0.0,
+    epoch_s=0.0,
+    finished=False,
+)
 
-    def _stage(self, name: StageName, teacher: FrozenTeacher | None) -> Steps:
-        return Steps(self._config, self._task, teacher, self._compute, name)
 
-    def _pretraining_s(self) -> float:
-        if self._live is None:
-            return 0.0
-        config = pretraining_run(self._config)
-        task = some_of(self._whole, config.global_batch_size)
-        return self._median_s(Steps(config, task, None, self._compute, "classifier"))
+class _AtHand:
+    """Embeddings as a cache would have them."""
 
-    def _teacher_s(self) -> float:
-        """As a bank is filled: render, normalise, forward."""
-        if self._live is None:
-            return 0.0
-        views, images = Views(self._config.views), self._task.train.images.to(self._compute.device)
-        image_ids = torch.arange(BATCH_SIZE, device=self._compute.device) % len(images)
-        view_ids = views.draw(image_ids, seed=0, epoch=0)
+    def __init__(self, num_images: int, dim: int, compute: Compute) -> None:
+        self._rows = torch.randn(num_images, dim, device=compute.device, dtype=compute.dtype)
 
-        def embed() -> None:
-            assert self._live is not None
-            rendered = views.render(images[image_ids], view_ids)
-            placed = self._compute.place_images(rendered, self._task.normalization)
-            self._live.embed(placed, image_ids, view_ids)
+    def embed(self, image_ids: Tensor, view_ids: Tensor) -> Tensor:
+        """As `refilled.teacher.KnownEmbeddings`."""
+        return self._rows[image_ids]
 
-        return self._median_s(embed, warm=True) / BATCH_SIZE
 
-    def _validation_s(self) -> tuple[float, float]:
-        """By the classifier and by the nearest class mean, for one image."""
-        student, normalization, compute = self.step.student, self._task.normalization, self._compute
-        some = some_of(self._whole, EVALUATION_BATCH_SIZE).train
-        by_head_s = self._median_s(lambda: accuracy(student, some, normalization, compute))
-        means = torch.ones(len(some.class_names), student.embedding_dim, device=compute.device, dtype=compute.dtype)
-        by_mean_s = self._median_s(
-            lambda: nearest_mean_accuracy(student, some, means, normalization, compute), warm=True
-        )
-        return by_head_s / len(some), by_mean_s / len(some)
+def embedding_dim_of(run: RunConfig, task: Task) -> int:
+    """Of the run's teacher."""
+    channels, size, _ = task.train.images.shape[1:]
+    shape = {"num_classes": 2, "in_channels": channels, "image_size": size}
+    return build_model(run.teacher, **shape, seed=0, sources=run.sources).embedding_dim
 
-    def _epoch_s(self, step: Steps) -> float:
-        """Checkpoint and row, as a run leaves them in its folder."""
-        carrier = FolderCarrier(RunFolder(self._folder / "run"))
-        self._create()
-        epochs = itertools.count(1)
 
-        def write() -> None:
-            row = {"epoch": next(epochs)}
-            carrier.save(step.state([row]))
-            carrier.report(row)
+def _peak_bytes(run: RunConfig, whole: Task, compute: Compute, total_bytes: int) -> int:
+    peak = torch.cuda.max_memory_allocated(compute.device)
+    rest = max(0, len(whole.train) - run.global_batch_size)
+    peak += rest * math.prod(whole.train.images.shape[1:])
+    if needs_teacher(run) and run.embedding_cache.mode != "live":
+        row_bytes = embedding_dim_of(run, whole) * getattr(torch, run.embedding_cache.dtype).itemsize
+        cache_bytes = len(whole.train) * len(Views(run.views).view_ids) * row_bytes
+        peak += cache_bytes if 3 * cache_bytes <= total_bytes else 0  # else its rows stay on the host
+    return int(peak)
 
-        return self._median_s(write, warm=True)
 
-    def _run_s(self, load: Callable[[], object]) -> float:
-        """Find images, build the student, load the teacher, create and finish the run's folder."""
-        teacher = self._folder / "teacher.pt"
-        if self._live is not None:
-            pretraining = pretraining_run(self._config)
-            student = Steps(pretraining, self._task, None, self._compute, "classifier").student
-            save_tensors(teacher, state_of_student(pretraining, self._task, student))
+def _median_s(action: Callable[[], object], compute: Compute, seconds: float, *, must_warm: bool) -> float:
+    """Median seconds of a call over a few blocks of them.
 
-        def surround() -> None:
-            load()
-            step = self._stage("classifier", self._live)
-            self._create()
-            if teacher.exists():
-                self._compute.place_model(load_model(teacher))
-            RunFolder(self._folder / "run").finish({}, state_of_student(self._config, self._task, step.student))
+    The first call is timed alone where it is long enough that what only it does is lost in it.
+    """
 
-        return self._median_s(surround, warm=True)
-
-    def _create(self) -> None:
-        RunFolder(self._folder / "run").create(self._config.to_dict(), self._task.spaces.student)
-
-    def _peak_bytes(self) -> int:
-        if self._compute.device.type != "cuda":
-            return 0
-        peak = torch.cuda.max_memory_allocated(self._compute.device)
-        rest = len(self._whole.train) - len(self._task.train)
-        peak += rest * math.prod(self._whole.train.images.shape[1:])
-        if self._live is not None and self._given.bank.mode != "live":
-            num_views = len(Views(self._given.views).view_ids)
-            size = getattr(torch, self._given.bank.dtype).itemsize
-            bank = len(self._whole.train) * num_views * self._live.embedding_dim * size
-            peak += bank if 3 * bank <= self._total_bytes() else 0  # else its rows stay on the host
-        return int(peak)
-
-    def _total_bytes(self) -> int:
-        if self._compute.device.type != "cuda":
-            return 0
-        return int(torch.cuda.get_device_properties(self._compute.device).total_memory)
-
-    def _block_s(self, action: Callable[[], object], *, least_s: float = BLOCK_S) -> tuple[float, int]:
-        """Seconds of as many calls as fill a block, and their number."""
-        on_device = self._compute.device.type == "cuda"
+    def block_s(least_s: float) -> float:
         count, started_s = 0, time.perf_counter()
         while not count or time.perf_counter() - started_s < least_s:
             action()
             count += 1
-            if on_device:
-                torch.cuda.synchronize(self._compute.device)
-        return time.perf_counter() - started_s, count
+            if compute.device.type == "cuda":
+                torch.cuda.synchronize(compute.device)
+        return (time.perf_counter() - started_s) / count
 
-    def _median_s(self, action: Callable[[], object], *, warm: bool = False) -> float:
-        """Median seconds of a call over a few blocks, of one at least; where nothing like it has run, after a call."""
-        spent_s = 0.0 if warm else self._block_s(action, least_s=0.0)[0]
-        means: list[float] = []
-        while not means or (len(means) < MOST_BLOCKS and spent_s < self._budget_s):
-            block_s, count = self._block_s(action)
-            spent_s += block_s
-            means.append(block_s / count)
-        return statistics.median(means)
+    began_s = time.perf_counter()
+    first_s = block_s(0.0)
+    if first_s >= seconds and not must_warm:
+        return first_s
+    means: list[float] = []
+    while not means or (len(means) < BLOCKS and time.perf_counter() - began_s < seconds):
+        means.append(block_s(seconds / BLOCKS))
+    return statistics.median(means)

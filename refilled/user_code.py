@@ -25,8 +25,8 @@ def read_source(name: str, field_name: str) -> Sources:
     """The text of the file that `path/file.py:Name` names.
 
     Args:
-        name: As the user wrote it; relative paths are looked up in the current folder.
-        field_name: For the message.
+        name: The name as the user wrote it; relative paths are looked up in the current folder.
+        field_name: The setting, for the message.
 
     Raises:
         UserError: The file cannot be read, or is no text of at most `MAX_SOURCE_CHARS` characters.
@@ -50,7 +50,7 @@ def load_object(name: str, sources: Sources, field_name: str) -> Any:
     Args:
         name: `path/file.py:Name`.
         sources: The run's, which must hold the file.
-        field_name: For the message.
+        field_name: The setting, for the message.
 
     Raises:
         UserError: The file is not among the sources, raises an error when it is run, or has no such name.

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from users_files import NETWORK, TERM
 
 from refilled.config import RunConfig
 from refilled.presets import smoke
+from refilled.storage import Storage
 from refilled.training.compute import Compute
 
 
@@ -18,9 +22,9 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A storage folder whose cache and teachers all tests of the session share."""
-    return tmp_path_factory.mktemp("storage")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """A storage whose images and teachers all tests of the session share."""
+    return Storage.open(tmp_path_factory.mktemp("storage"))
 
 
 @pytest.fixture
@@ -40,3 +44,32 @@ def own(tmp_path: Path) -> Path:
     (tmp_path / "own.py").write_text(TERM)
     (tmp_path / "net.py").write_text(NETWORK)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What Ray's processes read when they start; one token for all Rays of the session, as the driver caches it.
+
+    RAY_AUTH_MODE is left to `ray.init`, which turns tokens on for a new local Ray: set after `import ray` it would
+    reach the servers, but not this process.
+    """
+    token = tmp_path_factory.mktemp("token") / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        patch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def local_ray(ray_environment: None) -> Iterator[None]:
+    """A real local Ray of two CPUs; shut down after the module."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    yield
+    ray.shutdown()

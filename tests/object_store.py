@@ -15,14 +15,37 @@ from pathlib import Path
 
 START_S = 60.0
 
+# moto answers every request in a thread of its own and looks before it writes: of two that make an object only where
+# there is none both might. One at a time, as a store's conditional writes are.
+SERVER = """
+import sys, threading
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+
+app, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+def one_at_a_time(environ, start_response):
+    with lock:
+        return app(environ, start_response)
+
+run_simple("127.0.0.1", int(sys.argv[1]), one_at_a_time, threaded=True)
+"""
+
 
 class ObjectStore:
-    """moto's S3 with one empty bucket; what is in it is gone when it ends."""
+    """moto's S3 with one empty bucket; what is in it is gone when it ends.
+
+    Args:
+        folder: Of its log.
+        checks_credentials: Whether it refuses those that it does not know, which are all.
+    """
 
     bucket = "refilled"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, checks_credentials: bool = False) -> None:
         self._folder = folder
+        # How many requests, of which making the bucket is one, it takes from anybody.
+        self._settings = {"INITIAL_NO_AUTH_ACTION_COUNT": "1"} if checks_credentials else {}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
@@ -43,8 +66,8 @@ class ObjectStore:
         """Returns when the bucket is there."""
         with (self._folder / "store.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
-                env=os.environ | self.environment,
+                [sys.executable, "-c", SERVER, str(self.port)],
+                env=os.environ | self.environment | self._settings,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

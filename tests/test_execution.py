@@ -7,50 +7,53 @@ from pathlib import Path
 
 import pytest
 import torch
+from outcomes import Interruption, interrupt_at
 
 import refilled
 from refilled.config import RunConfig
 from refilled.errors import UserError
-from refilled.execution import cache_of, execute, refit, run_folder
+from refilled.execution import execute, refit, run_folder
+from refilled.metrics import EpochMetrics
+from refilled.storage import Storage
 from refilled.storage.model_file import load_model
-from refilled.storage.tensor_file import load_tensors, save_tensors
+from refilled.storage.tensor_file import load_tensors, tensor_bytes
 from refilled.tasks.classification import load_task, load_test_images
 from refilled.training.compute import Compute
 from refilled.training.evaluation import accuracy, class_means, first_of_each_class, nearest_mean_accuracy
 
 
 def test_refit_trains_on_all_images_and_reads_the_test_set_once(
-    digits_run: RunConfig, storage: Path, compute: Compute
+    digits_run: RunConfig, storage: Storage, compute: Compute
 ) -> None:
     run = dataclasses.replace(digits_run, val_fraction=0.0, seed=31)
     value = refit(run, storage, compute)
     folder = run_folder(run, storage)
     recorded = json.loads((folder.path / "test.json").read_text())
     assert recorded["test_accuracy"] == value > 0.7
-    assert all("val_accuracy" not in row for row in folder.rows())
-    task = load_task(run, cache_of(storage))
-    searched = load_task(digits_run, cache_of(storage))
+    assert all(row.val_accuracy is None for row in folder.rows())
+    task = load_task(run, storage)
+    searched = load_task(digits_run, storage)
     assert searched.validation is not None
     assert len(task.train.labels) == len(searched.train.labels) + len(searched.validation.labels)
     (folder.path / "test.json").write_text(json.dumps(recorded | {"test_accuracy": 0.125}))
     assert refit(run, storage, compute) == 0.125  # what was read once is not read again
 
 
-def test_kept_student_gives_the_recorded_accuracy(digits_run: RunConfig, storage: Path, compute: Compute) -> None:
+def test_kept_student_gives_the_recorded_accuracy(digits_run: RunConfig, storage: Storage, compute: Compute) -> None:
     run = dataclasses.replace(digits_run, val_fraction=0.0)
     value = refit(run, storage, compute)
     folder = run_folder(run, storage)
-    task = load_task(run, cache_of(storage))
-    test = load_test_images(run, cache_of(storage), task.spaces.student)
-    student = load_model(folder.path / "model.pt")
+    task = load_task(run, storage)
+    test = load_test_images(run, storage, task.spaces.student)
+    student = load_model(folder.model_path)
     assert accuracy(student, test, task.normalization, compute) == value
     assert json.loads((folder.path / "classes.json").read_text()) == list(task.spaces.student)
-    state = load_tensors(folder.path / "model.pt")
+    state = load_tensors(folder.model_path)
     assert state["classes"] == list(task.spaces.student)
 
 
 def test_refit_refuses_a_configuration_that_holds_images_out(
-    digits_run: RunConfig, storage: Path, compute: Compute
+    digits_run: RunConfig, storage: Storage, compute: Compute
 ) -> None:
     with pytest.raises(AssertionError, match="all training images"):
         refit(digits_run, storage, compute)
@@ -77,11 +80,11 @@ def test_only_the_refit_can_reach_test_images() -> None:
     assert not any(isinstance(node, ast.Return) for node in ast.walk(returns[0]))  # it gives nothing back
 
 
-def test_accuracies_by_counting(digits_run: RunConfig, storage: Path, compute: Compute) -> None:
+def test_accuracies_by_counting(digits_run: RunConfig, storage: Storage, compute: Compute) -> None:
     execute(digits_run, storage, compute)
-    task = load_task(digits_run, cache_of(storage))
+    task = load_task(digits_run, storage)
     assert task.validation is not None
-    student = load_model(run_folder(digits_run, storage).path / "model.pt").eval()
+    student = load_model(run_folder(digits_run, storage).model_path).eval()
     with torch.no_grad():
         output = student(compute.place_images(task.validation.images, task.normalization))
         everything = student(compute.place_images(task.train.images, task.normalization)).embedding
@@ -105,7 +108,7 @@ def test_first_of_each_class() -> None:
 
 def test_damaged_model_file_is_one_sentence(tmp_path: Path, compute: Compute) -> None:
     path = tmp_path / "model.pt"
-    save_tensors(path, {"weights": torch.zeros(3)})
+    path.write_bytes(tensor_bytes({"weights": torch.zeros(3)}))
     with pytest.raises(UserError, match=r"model.pt must hold a model that this version wrote"):
         load_model(path)
     path.write_bytes(path.read_bytes()[:100])
@@ -131,27 +134,25 @@ def test_model_file_executes_nothing(tmp_path: Path, compute: Compute, monkeypat
 def test_a_run_that_goes_on_passes_its_earlier_rows_again_in_order(
     digits_run: RunConfig, tmp_path: Path, compute: Compute
 ) -> None:
-    class KilledError(Exception):
-        pass
-
     run = dataclasses.replace(digits_run, method="student", epochs=(0, 4))
+    storage = Storage.open(tmp_path)
     seen: list[int] = []
 
-    def take(row: dict[str, object], kill_at: int | None = None) -> None:
-        epoch = row["epoch"]
-        assert isinstance(epoch, int)
-        seen.append(epoch)
-        if epoch == kill_at:
-            raise KilledError
+    def take(row: EpochMetrics) -> None:
+        seen.append(row.epoch)
 
-    with pytest.raises(KilledError):
-        execute(run, tmp_path, compute, lambda row: take(row, kill_at=3))
-    metrics = run_folder(run, tmp_path).metrics_path
+    def take_and_interrupt(row: EpochMetrics) -> None:
+        take(row)
+        interrupt_at(3)(row)
+
+    with pytest.raises(Interruption):
+        execute(run, storage, compute, take_and_interrupt)
+    metrics = run_folder(run, storage).metrics_path
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))  # the third row was not written yet
-    execute(run, tmp_path, compute, take)
+    execute(run, storage, compute, take)
     assert seen == [1, 2, 3, 1, 2, 3, 4]
     seen.clear()
-    finished = execute(run, tmp_path, compute, take)
+    finished = execute(run, storage, compute, take)
     assert seen == [1, 2, 3, 4]
-    assert finished["epoch"] == 4
-    assert [row["epoch"] for row in run_folder(run, tmp_path).rows()] == [1, 2, 3, 4]
+    assert finished.epoch == 4
+    assert [row.epoch for row in run_folder(run, storage).rows()] == [1, 2, 3, 4]

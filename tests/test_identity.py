@@ -1,4 +1,4 @@
-"""Keys of runs and stages: golden ones, what changes them, and that a new setting does not."""
+"""Keys of runs: golden ones, what changes them, and that a new setting does not."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from refilled import identity
 from refilled.config import RunConfig
 from refilled.data.label_space import LabelSpaces
 from refilled.execution import execute, run_folder
-from refilled.identity import BASE, NOT_BY_ITSELF, determining, run_key, stage_key
-from refilled.methods import METHODS, has_embedding_stage
+from refilled.identity import BASE, NOT_BY_ITSELF, determining, run_key
+from refilled.methods import METHODS
 from refilled.presets import PRESETS, preset
+from refilled.storage import Storage
 from refilled.terms.rkd import Rkd, RkdConfig
 from refilled.training.compute import Compute
 
@@ -65,6 +66,10 @@ def test_golden_keys_of_the_methods() -> None:
     assert {method: key(smoke_with(method)) for method in METHODS} == GOLDEN_METHODS
 
 
+def test_a_setting_that_has_another_name_now_has_the_keys_it_had() -> None:
+    assert key(preset("smoke").run.with_overrides({"embedding_cache.dtype": "float32"})) == "024b8f80485cdd25-0"
+
+
 def test_base_is_what_a_run_is_by_default_and_every_setting_is_classified() -> None:
     own = RunConfig().flat()
     own = {name: value for name, value in own.items() if name not in NOT_BY_ITSELF}
@@ -73,10 +78,9 @@ def test_base_is_what_a_run_is_by_default_and_every_setting_is_classified() -> N
 
 def test_only_what_differs_from_the_base_is_hashed() -> None:
     run = RunConfig(method="student")
-    stages = identity.stages_of(run)
-    plain = identity.identity(run, SPACES, DIGEST, stages)
+    plain = identity.identity(run, SPACES, DIGEST)
     assert set(plain) == {"format", "data", "student_classes", "stages", "epochs"}
-    changed = identity.identity(run.with_overrides({"seed": 3}), SPACES, DIGEST, stages)
+    changed = identity.identity(run.with_overrides({"seed": 3}), SPACES, DIGEST)
     assert changed == plain | {"seed": 3}
 
 
@@ -93,13 +97,14 @@ def test_a_setting_counts_where_a_term_reads_it_and_nowhere_else(method: str) ->
         "ncm_images_per_class": 3,
         "teacher_epochs": 3,
         "pretraining.seed": 3,
-        "bank.dtype": "float32",
+        "embedding_cache.dtype": "float32",
         "classifier.weight": 3.0,
         "seed": 4,
     }
     for name, value in others.items():
         assert (key(run.with_overrides({name: value})) != key(run)) is (name in read), name
-    assert key(run.with_overrides({"bank.mode": "live", "checkpoint_every": 3, "data": "elsewhere"})) == key(run)
+    elsewhere = {"embedding_cache.mode": "live", "checkpoint_every": 3, "data": "elsewhere"}
+    assert key(run.with_overrides(elsewhere)) == key(run)
 
 
 def test_a_method_is_its_terms_not_its_name() -> None:
@@ -113,27 +118,12 @@ def test_the_first_of_the_epochs_counts_for_two_stages_only() -> None:
     assert key(two.with_overrides({"epochs": (3, 20)})) != key(two)
 
 
-def test_different_losses_never_share_a_stage() -> None:
+def test_different_losses_never_share_a_run() -> None:
     """The trap of a key that forgot the method: any two embedding losses, alone and together."""
     losses = ["comparison", "rkd", "aml", "comparison+rkd", "rkd+aml", "fitnet", "vid", "crd", "at"]
-    keys = [stage_key(smoke_with(f"{loss}>cross_entropy"), SPACES, DIGEST) for loss in losses]
+    keys = [key(smoke_with(f"{loss}>cross_entropy")) for loss in losses]
     for (one, a), (other, b) in itertools.combinations(zip(losses, keys, strict=True), 2):
         assert a != b, (one, other)
-
-
-def test_a_stage_is_shared_by_whatever_follows_it() -> None:
-    sharing = [method for method in METHODS if method.startswith("refilled") and has_embedding_stage(method)]
-    assert len({stage_key(smoke_with(method), SPACES, DIGEST) for method in sharing}) == 1
-    run = smoke_with("refilled")
-    same = {"classifier.distill_weight": 4.0, "classifier.schedule.kind": "step", "epochs": (10, 3)}
-    assert stage_key(run.with_overrides(same), SPACES, DIGEST) == stage_key(run, SPACES, DIGEST)
-    for name, value in {"embedding.temperature": 2.0, "epochs": (9, 20), "optimizer.momentum": 0.5, "seed": 3}.items():
-        assert stage_key(run.with_overrides({name: value}), SPACES, DIGEST) != stage_key(run, SPACES, DIGEST), name
-
-
-def test_a_method_of_one_stage_has_none_to_share() -> None:
-    with pytest.raises(ValueError, match="method kd has 1 stages"):
-        stage_key(smoke_with("kd"), SPACES, DIGEST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,15 +150,16 @@ def test_storage_is_found_after_a_setting_is_added(
 ) -> None:
     """Invariant 7, with a real run: nothing is trained again, neither the run nor its teacher."""
     run = dataclasses.replace(preset("smoke").run, method="rkd", overlap=0.4, epochs=(1, 1), teacher_epochs=1)
-    execute(run, tmp_path, compute)
+    storage = Storage.open(tmp_path)
+    execute(run, storage, compute)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.pt")}
     assert len(kept) == 2
 
     monkeypatch.setattr(identity, "BASE", {**BASE, "mixing": 0.0})
     monkeypatch.setattr(Rkd, "Config", LaterRkdConfig)
     new = later(run)
-    assert run_folder(new, tmp_path).path == run_folder(run, tmp_path).path
-    execute(new, tmp_path, compute)
+    assert run_folder(new, storage).path == run_folder(run, storage).path
+    execute(new, storage, compute)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.pt")} == kept
 
     assert key(later(run, mixing=0.5)) != key(new)

@@ -16,13 +16,13 @@ class Batch:
     """One global batch and a worker's share of it; all on the CPU, so that no step waits for a device.
 
     Attributes:
-        image_ids: int64 [B], the global batch.
-        labels: int64 [B], its labels.
-        classes: int64 [|S|], the classes S present in the global batch, ascending (Eq. 8).
-        share: int64 [b], the contiguous part of `image_ids` that this worker computes; shares in rank order make up
+        image_ids: Int64 [B], the global batch.
+        labels: Int64 [B], its labels.
+        classes: Int64 [|S|], the classes S present in the global batch, ascending (Eq. 8).
+        share: Int64 [b], the contiguous part of `image_ids` that this worker computes; shares in rank order make up
             the global batch in its order, and may differ by one image or be empty.
-        counts: the number of images in each worker's share.
-        largest_class: images of the batch's largest class.
+        counts: The number of images in each worker's share.
+        largest_class: Images of the batch's largest class.
     """
 
     image_ids: Tensor
@@ -42,12 +42,12 @@ def epoch_batches(
     needs two.
 
     Args:
-        labels: int64 [N] of the training set.
-        global_batch_size: images a step over all workers.
-        seed: the run's.
-        epoch: number of the epoch over both stages.
-        rank: this worker's.
-        world_size: number of workers.
+        labels: Int64 [N] of the training set.
+        global_batch_size: Images a step over all workers.
+        seed: The run's.
+        epoch: Number of the epoch over both stages.
+        rank: This worker's.
+        world_size: Number of workers.
     """
     order = keyed_permutation(len(labels), derive_seed(seed, "order"), epoch)
     starts = list(range(0, len(order), global_batch_size))

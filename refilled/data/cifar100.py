@@ -1,37 +1,38 @@
-"""Source `cifar100`: downloaded once into the cache folder by torchvision, under torchvision's checksums."""
+"""Source `cifar100`: downloaded once into the storage by torchvision, under torchvision's checksums."""
 
 from __future__ import annotations
 
 import http.client
 import tarfile
-from pathlib import Path
 
 import torch
 
-from refilled.data.cache import locked_folder
 from refilled.data.decode import resize_images
 from refilled.data.images import ImageSet, PartName, SourcePart, make_image_set
 from refilled.data.text import one_line
 from refilled.errors import UserError
+from refilled.storage import Storage
+from refilled.storage.artifact_folder import locked
 
 # The MD5 by which torchvision accepts the archive. It stands here too so that decoded images are found in the cache
 # without importing torchvision.
 ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
 
 
-def find_part(name: PartName, cache: Path) -> SourcePart:
-    """The training or test part; downloads only where the decoded images are not in the cache."""
+def find_part(name: PartName, storage: Storage) -> SourcePart:
+    """The training or test part; downloads only where the decoded images are not there yet."""
     return SourcePart(
-        name=name, fingerprint=f"cifar-100-python {ARCHIVE_MD5}", read=lambda size: _read(name, cache, size)
+        name=name, fingerprint=f"cifar-100-python {ARCHIVE_MD5}", read=lambda size: _read(name, storage, size)
     )
 
 
-def _read(name: PartName, cache: Path, image_size: int | None) -> ImageSet:
+def _read(name: PartName, storage: Storage, image_size: int | None) -> ImageSet:
     import numpy as np
     from torchvision.datasets import CIFAR100
 
     try:
-        with locked_folder(cache / "downloads", "cifar100") as folder:  # the other part may be downloading too
+        folder = storage.root / "cache" / "downloads"
+        with locked(folder / "cifar100", wait=True):  # the other part may be downloading too
             upstream = CIFAR100(str(folder), train=name == "train", download=True)
     except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
         raise UserError(

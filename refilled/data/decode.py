@@ -43,15 +43,15 @@ def decode_images(encoded: Iterable[tuple[str, bytes]], count: int, image_size: 
     another digest.
 
     Args:
-        encoded: the images in order; each a name for messages and the content of the file.
-        count: number of images, at least 1.
-        image_size: side of the result; none: every image must have the size of the first.
+        encoded: The images in order; each a name for messages and the content of the file.
+        count: Number of images, at least 1.
+        image_size: Side of the result; none: every image must have the size of the first.
 
     Returns:
-        uint8 [count, 3, H, W].
+        Uint8 [count, 3, H, W].
 
     Raises:
-        UserError: naming the first image that does not decode, is too large, or has another size than the first.
+        UserError: Naming the first image that does not decode, is too large, or has another size than the first.
     """
     from PIL import Image
 

@@ -26,9 +26,9 @@ class ImageSet:
     """Images of one part of a data set; equal digests mean equal sets. Made by `make_image_set`.
 
     Attributes:
-        images: uint8 [N, C, H, W].
-        labels: int64 [N], positions in `class_names`.
-        class_names: name of every class; a class may have no image here.
+        images: Uint8 [N, C, H, W].
+        labels: Int64 [N], positions in `class_names`.
+        class_names: Name of every class; a class may have no image here.
         digest: SHA-256, in hex, over shape, pixels, labels and class names.
     """
 
@@ -47,9 +47,9 @@ class SourcePart:
     """The training or the test part of a source, found and checked but not decoded.
 
     Attributes:
-        name: which part it is.
-        fingerprint: identifies everything the decoded part depends on except the image size.
-        read: decodes the part at an image size (none: as stored).
+        name: Which part it is.
+        fingerprint: Identifies everything the decoded part depends on except the image size.
+        read: Decodes the part at an image size (none: as stored).
     """
 
     name: PartName
@@ -61,12 +61,12 @@ def make_image_set(images: Tensor, labels: Tensor, class_names: Sequence[str]) -
     """Check images, labels and class names against each other and compute their digest.
 
     Args:
-        images: uint8 [N, C, H, W], N at least 1.
-        labels: int64 [N], each in [0, len(class_names)).
-        class_names: different, non-empty names.
+        images: Uint8 [N, C, H, W], N at least 1.
+        labels: Int64 [N], each in [0, len(class_names)).
+        class_names: Different, non-empty names.
 
     Raises:
-        UserError: naming the part that does not fit.
+        UserError: Naming the part that does not fit.
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise UserError(f"images must be uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}.")
@@ -87,11 +87,11 @@ def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]
     """The names as a tuple, if they are different, non-empty strings that can be printed as they are.
 
     Args:
-        class_names: names to check.
-        where: the file or field they come from, for the message.
+        class_names: Names to check.
+        where: The file or field they come from, for the message.
 
     Raises:
-        UserError: naming `where` and the odd name.
+        UserError: Naming `where` and the odd name.
     """
     names = tuple(class_names)
     if not names:

@@ -42,10 +42,10 @@ def order_classes(order: str, class_names: tuple[str, ...]) -> tuple[str, ...]:
         order: `alphabetical`; `cifar_fs`, the order of the authors' code: the 64 training, 16 validation and 20 test
             classes of CIFAR-FS (Bertinetto et al., ICLR 2019), alphabetical within each part; or the path of a text
             file with one class name a line.
-        class_names: the data set's classes.
+        class_names: The data set's classes.
 
     Raises:
-        UserError: for a file that cannot be read, or that does not name every class exactly once.
+        UserError: For a file that cannot be read, or that does not name every class exactly once.
     """
     if order == "alphabetical":
         return tuple(sorted(class_names))
@@ -79,13 +79,13 @@ def label_spaces(
     """The teacher's and the student's window over the ordered classes.
 
     Args:
-        ordered: all classes, in the order over which the windows slide.
-        overlap: share of the student's classes that are also the teacher's, in [0, 1].
-        num_teacher: size of the teacher's window, which starts at the first class; none: half of all classes.
-        num_student: size of the student's window; none: half of all classes.
+        ordered: All classes, in the order over which the windows slide.
+        overlap: Share of the student's classes that are also the teacher's, in [0, 1].
+        num_teacher: Size of the teacher's window, which starts at the first class; none: half of all classes.
+        num_student: Size of the student's window; none: half of all classes.
 
     Raises:
-        UserError: for an overlap that the class counts cannot express, naming those that they can.
+        UserError: For an overlap that the class counts cannot express, naming those that they can.
     """
     num_teacher = len(ordered) // 2 if num_teacher is None else num_teacher
     num_student = len(ordered) // 2 if num_student is None else num_student
@@ -121,12 +121,12 @@ def hold_out(image_set: ImageSet, *, fraction: float, seed: int) -> Split:
     share depends on the seed and the class's name alone.
 
     Args:
-        image_set: all training images.
-        fraction: share of every class that is held out, rounded to whole images, at least 1 where above 0.
-        seed: of the draw.
+        image_set: All training images.
+        fraction: Share of every class that is held out, rounded to whole images, at least 1 where above 0.
+        seed: The seed of the draw.
 
     Raises:
-        UserError: where a class has too few images to leave one on each side.
+        UserError: Where a class has too few images to leave one on each side.
     """
     held: list[Tensor] = []
     if fraction > 0:
@@ -147,7 +147,7 @@ def select_classes(image_set: ImageSet, indices: Tensor, classes: tuple[str, ...
     """The images among `indices` that belong to `classes`, labelled by their position in that list.
 
     Raises:
-        UserError: for a class the data set does not have, or one without an image.
+        UserError: For a class the data set does not have, or one without an image.
     """
     position = {name: label for label, name in enumerate(image_set.class_names)}
     missing = [name for name in classes if name not in position]

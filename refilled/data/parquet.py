@@ -54,7 +54,7 @@ def find_part(path: Path, name: PartName) -> SourcePart:
     the training part never asks the test part.
 
     Raises:
-        UserError: naming the file and what is wrong with it.
+        UserError: Naming the file and what is wrong with it.
     """
     validate(path)
     files = _files(path, name)

@@ -14,6 +14,7 @@ from refilled.data.cache import load_cached
 from refilled.data.images import ImageSet, PartName, SourcePart
 from refilled.data.text import one_line, shown
 from refilled.errors import UserError
+from refilled.storage import Storage
 
 KINDS = ("digits", "cifar100", "parquet:PATH", "imagefolder:PATH")
 _VALIDATE: dict[str, Callable[[Path], None]] = {"parquet": parquet.validate, "imagefolder": imagefolder.validate}
@@ -23,48 +24,48 @@ _FIND_PART: dict[str, Callable[[Path, PartName], SourcePart]] = {
 }
 
 
-def load_train(source: str, *, cache: Path, image_size: int | None = None) -> ImageSet:
+def load_train(source: str, *, storage: Storage, image_size: int | None = None) -> ImageSet:
     """All training images of a source, decoded once per content and image size.
 
     Args:
-        source: digits, cifar100, parquet:PATH or imagefolder:PATH.
-        cache: folder for decoded images and downloads; made where it does not exist.
-        image_size: side of the images after resizing the shorter side and cropping the centre; none: as stored, which
+        source: `digits`, cifar100, parquet:PATH or imagefolder:PATH.
+        storage: Keeps decoded images and downloads.
+        image_size: Side of the images after resizing the shorter side and cropping the centre; none: as stored, which
             must then be one size.
 
     Raises:
-        UserError: naming the source, file or folder that is wrong.
+        UserError: Naming the source, file or folder that is wrong.
     """
-    return _load(source, "train", cache, image_size)
+    return _load(source, "train", storage, image_size)
 
 
-def load_test(source: str, *, cache: Path, image_size: int | None = None) -> ImageSet:
+def load_test(source: str, *, storage: Storage, image_size: int | None = None) -> ImageSet:
     """All test images of a source; arguments and errors as in `load_train`."""
-    return _load(source, "test", cache, image_size)
+    return _load(source, "test", storage, image_size)
 
 
 def validate_source(source: str) -> None:
     """Cheap check that a source can be meant: its kind, that its path exists and holds a part. Decodes nothing.
 
     Raises:
-        UserError: naming the four kinds, the path, or the layout the path would need.
+        UserError: Naming the four kinds, the path, or the layout the path would need.
     """
     kind, path = _parse(source)
     if path is not None:
         _VALIDATE[kind](path)
 
 
-def _load(source: str, name: PartName, cache: Path, image_size: int | None) -> ImageSet:
+def _load(source: str, name: PartName, storage: Storage, image_size: int | None) -> ImageSet:
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size must be at least 1 or none, got {image_size}.")
-    return load_cached(_find(source, name, cache), image_size, cache)
+    return load_cached(_find(source, name, storage), image_size, storage)
 
 
-def _find(source: str, name: PartName, cache: Path) -> SourcePart:
+def _find(source: str, name: PartName, storage: Storage) -> SourcePart:
     kind, path = _parse(source)
     if path is not None:
         return _FIND_PART[kind](path, name)
-    return digits.find_part(name) if kind == "digits" else cifar100.find_part(name, cache)
+    return digits.find_part(name) if kind == "digits" else cifar100.find_part(name, storage)
 
 
 def _parse(source: str) -> tuple[str, Path | None]:

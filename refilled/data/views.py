@@ -22,8 +22,8 @@ class Views:
     """Draws views by (seed, epoch, image) and renders them in batches on the images' device.
 
     Attributes:
-        view_ids: int64 [V], the views in use, the plain image first.
-        plain: the view that is the image itself.
+        view_ids: Int64 [V], the views in use, the plain image first.
+        plain: The view that is the image itself.
     """
 
     def __init__(self, config: ViewConfig) -> None:
@@ -39,9 +39,9 @@ class Views:
         """A view for every image, a function of (seed, epoch, image) alone.
 
         Args:
-            image_ids: int64 [B], positions in the training set.
-            seed: the run's.
-            epoch: number of the epoch over both stages.
+            image_ids: Int64 [B], positions in the training set.
+            seed: The run's.
+            epoch: Number of the epoch over both stages.
 
         Returns:
             View ids, int64 [B].
@@ -53,8 +53,8 @@ class Views:
         """The named views of a batch.
 
         Args:
-            images: uint8 [B, C, H, W].
-            view_ids: int64 [B].
+            images: Uint8 [B, C, H, W].
+            view_ids: Int64 [B].
 
         Returns:
             [B, C, H, W] on the scale of the input: uint8 of `shifts`, where pixels outside the image are 0, and

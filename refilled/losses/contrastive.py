@@ -104,11 +104,11 @@ def sample_negatives(labels: Tensor, image_ids: Tensor, *, num_negatives: int, s
         labels: [N] integers, of all images.
         image_ids: [b] integers in 0..N-1, on the labels' device.
         num_negatives: K, at least 1.
-        seed: As in `keyed_uint64`.
+        seed: See `keyed_uint64`.
         step_key: What makes one step's draws differ from another's, such as the number of the step or of the epoch.
 
     Returns:
-        int64 [b, K], rows in 0..N-1.
+        Int64 [b, K], rows in 0..N-1.
 
     Raises:
         ValueError: A shape or K is wrong, an image is out of range, or there is no image of another class.

@@ -34,7 +34,7 @@ def check_finite(student: Tensor, teacher: Tensor) -> None:
         teacher: [B, Dt] teacher embeddings.
 
     Raises:
-        NonFiniteEmbeddingError: with the word "student", "teacher" or both in its message.
+        NonFiniteEmbeddingError: With the word "student", "teacher" or both in its message.
     """
     models = {"student": student, "teacher": teacher}
     guilty = [name for name, embedding in models.items() if not bool(torch.isfinite(embedding).all())]

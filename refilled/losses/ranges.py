@@ -41,7 +41,7 @@ def range_cover(weights: Tensor, begin: Tensor | None, end: Tensor, longest: int
         weights: [Q, R, P], 0 for an empty range.
         begin: [R, P] int64, or None where all ranges begin at 0.
         end: [R, P] int64.
-        longest: As in `range_sums`.
+        longest: See `range_sums`.
         size: B, the length of a row.
 
     Returns:

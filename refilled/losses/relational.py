@@ -50,8 +50,8 @@ def relational_distillation(student: Tensor, teacher: Tensor, *, distance_weight
     Args:
         student: [B, Ds], any float dtype, not normalised.
         teacher: [B, Dt], treated as constant; Dt may differ from Ds.
-        distance_weight: w_D, at least 0.
-        angle_weight: w_A, at least 0.
+        distance_weight: W_D, at least 0.
+        angle_weight: W_A, at least 0.
 
     Returns:
         Scalar, float64 for a float64 student, else float32. NaN on CUDA where an embedding is not finite.

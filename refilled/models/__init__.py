@@ -49,8 +49,8 @@ def build_model(
     is left as it was, and models that differ in their number of classes start from the same embedding.
 
     Args:
-        name: Of one of the families; or `path/file.py:Name`, a function or class of the user's that is called with
-            `num_classes`, `in_channels`, `image_size` and `dropout` and returns a `Model`.
+        name: A name of one of the families; or `path/file.py:Name`, a function or class of the user's that is called
+            with `num_classes`, `in_channels`, `image_size` and `dropout` and returns a `Model`.
         num_classes: Outputs of the head, at least 1.
         in_channels: Channels of the images, at least 1.
         image_size: Height and width of the images in pixels.

@@ -36,7 +36,7 @@ class KeyedDropout(nn.Module):
 
         Args:
             values: [B, channels, ...].
-            keys: int64 [B], a number for each image mixed from seed, epoch and image.
+            keys: Int64 [B], a number for each image mixed from seed, epoch and image.
 
         Returns:
             Tensor like `values`.

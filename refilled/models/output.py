@@ -45,7 +45,7 @@ class Model(nn.Module):
 
         Args:
             images: Float [B, channels, height, width], already normalised; B may be 0.
-            dropout_keys: int64 [B], a number for each image mixed from seed, epoch and image. Needed in training
+            dropout_keys: Int64 [B], a number for each image mixed from seed, epoch and image. Needed in training
                 where the dropout rate is above 0, else unused.
 
         Returns:

@@ -33,8 +33,8 @@ def model_state(
         classes: A label is the position in this list.
         image_shape: (channels, height, width).
         dropout: Its dropout rate in training.
-        mean: float64 [channels], of the pixels in [0, 1].
-        std: float64 [channels], likewise.
+        mean: Float64 [channels], of the pixels in [0, 1].
+        std: Float64 [channels], likewise.
     """
     return {
         "architecture": architecture,

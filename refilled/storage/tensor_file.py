@@ -1,4 +1,4 @@
-"""Files of tensors and plain values: written whole, checked when read, and nothing in them is executed."""
+"""Files of tensors and plain values: checked when read, and nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -10,30 +10,23 @@ from typing import Any
 import torch
 
 from refilled.errors import UserError
-from refilled.storage import mirror
-from refilled.storage.store import write_bytes
 
 
-def save_tensors(path: Path, value: dict[str, Any]) -> None:
-    """Write tensors and plain values atomically.
-
-    Raises:
-        StorageFullError: there is no room for them.
-    """
+def tensor_bytes(value: dict[str, Any]) -> bytes:
+    """The content of a file of tensors and plain values."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
     """Read tensors and plain values to the CPU, without executing anything from the file.
 
     Raises:
-        UserError: naming the file, when it is missing, damaged or holds other things.
+        UserError: Naming the file, when it is missing, damaged or holds other things.
     """
     damaged = f"{path} must be a whole file of tensors and plain values, but cannot be read."
     try:
-        mirror.fetch(path)
         content = path.read_bytes()
     except OSError as error:
         raise UserError(damaged) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from refilled.config import RunConfig
 from refilled.data.images import ImageSet
 from refilled.data.label_space import LabelSpaces, hold_out, label_spaces, order_classes, select_classes
 from refilled.data.sources import load_test, load_train
+from refilled.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Task:
     """What a run learns from.
 
     Attributes:
-        spaces: the two explicit class lists.
-        train: images of the student's classes to learn from; labels are positions in `spaces.student`.
-        validation: held-out images of the same classes; none where the configuration holds nothing out.
-        normalization: of all training images of all classes, so that teachers and students see the same scale.
-        data_digest: of all training images of all classes, before any selection.
+        spaces: The two explicit class lists.
+        train: Images of the student's classes to learn from; labels are positions in `spaces.student`.
+        validation: Held-out images of the same classes; none where the configuration holds nothing out.
+        normalization: Mean and deviation over the training images of all classes, the same for teachers and students.
+        data_digest: The digest of all training images of all classes, before any selection.
     """
 
     spaces: LabelSpaces
@@ -48,18 +48,18 @@ class Task:
     data_digest: str
 
 
-def load_task(config: RunConfig, cache: Path) -> Task:
+def load_task(config: RunConfig, storage: Storage) -> Task:
     """Read the training part of the data and select the student's classes from it; the test part is not touched.
 
     Within a process the last few tasks are kept, since the trials of a cell share theirs.
     """
-    spaces = spaces_of(config, cache)
-    return _load_task(config.data, config.image_size, spaces, config.val_fraction, config.split_seed, cache)
+    spaces = spaces_of(config, storage)
+    return _load_task(config.data, config.image_size, spaces, config.val_fraction, config.split_seed, storage)
 
 
-def spaces_of(config: RunConfig, cache: Path) -> LabelSpaces:
+def spaces_of(config: RunConfig, storage: Storage) -> LabelSpaces:
     """The explicit class lists of a configuration."""
-    image_set, _ = _load_all(config.data, config.image_size, cache)
+    image_set, _ = _load_all(config.data, config.image_size, storage)
     ordered = order_classes(config.class_order, image_set.class_names)
     return label_spaces(
         ordered,
@@ -69,23 +69,23 @@ def spaces_of(config: RunConfig, cache: Path) -> LabelSpaces:
     )
 
 
-def load_test_images(config: RunConfig, cache: Path, classes: tuple[str, ...]) -> ImageSet:
+def load_test_images(config: RunConfig, storage: Storage, classes: tuple[str, ...]) -> ImageSet:
     """The test images of some classes. Only a refit reads them, after selection (invariant 1)."""
-    image_set = load_test(config.data, cache=cache, image_size=config.image_size)
+    image_set = load_test(config.data, storage=storage, image_size=config.image_size)
     return select_classes(image_set, torch.arange(len(image_set.labels)), classes)
 
 
 @functools.lru_cache(maxsize=2)
-def _load_all(source: str, image_size: int | None, cache: Path) -> tuple[ImageSet, Normalization]:
-    image_set = load_train(source, cache=cache, image_size=image_size)
+def _load_all(source: str, image_size: int | None, storage: Storage) -> tuple[ImageSet, Normalization]:
+    image_set = load_train(source, storage=storage, image_size=image_size)
     return image_set, _measure(image_set.images)
 
 
 @functools.lru_cache(maxsize=8)
 def _load_task(
-    source: str, image_size: int | None, spaces: LabelSpaces, val_fraction: float, split_seed: int, cache: Path
+    source: str, image_size: int | None, spaces: LabelSpaces, val_fraction: float, split_seed: int, storage: Storage
 ) -> Task:
-    image_set, normalization = _load_all(source, image_size, cache)
+    image_set, normalization = _load_all(source, image_size, storage)
     split = hold_out(image_set, fraction=val_fraction, seed=split_seed)
     validation = select_classes(image_set, split.validation, spaces.student) if len(split.validation) else None
     return Task(
@@ -112,9 +112,9 @@ def _measure(images: Tensor) -> Normalization:
     return Normalization(mean=mean, std=std.clamp_min(1e-3))  # a channel of one level has nothing to scale
 
 
-def verify_test_images(config: RunConfig, cache: Path, classes: tuple[str, ...]) -> None:
+def verify_test_images(config: RunConfig, storage: Storage, classes: tuple[str, ...]) -> None:
     """Prove that the test part can be read and has images of these classes, and give nothing of it back.
 
     A search calls it before any training starts, so that a damaged test file is not found out at the very end.
     """
-    load_test_images(config, cache, classes)
+    load_test_images(config, storage, classes)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from refilled.config import Float, Searched, TermConfig
-from refilled.config.base import is_positive, require
+from refilled.config.fields import PositiveFloat
 from refilled.losses import asymmetric_matching
 from refilled.terms.base import GlobalBatch, Local, Needs, Setting, Term
 
@@ -20,23 +20,14 @@ from refilled.terms.base import GlobalBatch, Local, Needs, Setting, Term
 class AmlConfig(TermConfig):
     """weight x asymmetric contrastive loss."""
 
-    weight: float = 1.0
+    weight: PositiveFloat = 1.0
     """Weight of the loss."""
-    margin: float = 0.7
+    margin: PositiveFloat = 0.7
     """Distance from which on a negative costs nothing (the authors' 0.7); distances of unit vectors reach 2."""
     variant: Literal["contr", "contr_plus", "regression"] = "contr_plus"
     """contr: pairs of different images; contr_plus: also the anchor with itself; regression: that alone."""
     pairs: Literal["mean", "sum", "hardest"] = "mean"
     """mean: over an anchor's positives and over its negatives; sum: of them; hardest: the 5 nearest negatives."""
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        super().__post_init__()
-        require(is_positive(self.weight), "aml.weight", "above 0", self.weight)
-        require(is_positive(self.margin), "aml.margin", "above 0", self.margin)
-        variants, pairs = ("contr", "contr_plus", "regression"), ("mean", "sum", "hardest")
-        require(self.variant in variants, "aml.variant", f"one of {', '.join(variants)}", self.variant)
-        require(self.pairs in pairs, "aml.pairs", f"one of {', '.join(pairs)}", self.pairs)
 
 
 class Aml(Term):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from refilled.config import Float, Searched, TermConfig
-from refilled.config.base import is_positive, require
+from refilled.config.fields import PositiveFloat
 from refilled.losses import attention_loss
 from refilled.terms.base import GlobalBatch, Local, MapTerm, mean_of_rows
 
@@ -18,13 +18,8 @@ from refilled.terms.base import GlobalBatch, Local, MapTerm, mean_of_rows
 class AtConfig(TermConfig):
     """weight x sum over pairs of maps of the mean squared difference of attention."""
 
-    weight: float = 1000.0
+    weight: PositiveFloat = 1000.0
     """Weight of the loss (the authors' 1000; a mean over positions, so on large maps it counts for less a pixel)."""
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        super().__post_init__()
-        require(is_positive(self.weight), "at.weight", "above 0", self.weight)
 
 
 class At(MapTerm):

@@ -28,10 +28,10 @@ class Needs:
     """What a term asks of the networks.
 
     Attributes:
-        student: Of the student's output. A term that needs logits has no place in stage `embedding`, which does not
-            train the head.
-        teacher: Of the teacher. All but `features` follow from its embedding, which a cache can serve; feature maps
-            need the teacher to run in every step.
+        student: What it needs of the student's output. A term that needs logits has no place in stage `embedding`,
+            which does not train the head.
+        teacher: What it needs of the teacher. All but `features` follow from its embedding, which a cache can serve;
+            feature maps need the teacher to run in every step.
         same_classes: Whether the teacher's classes must be the student's, in the same order.
     """
 
@@ -87,10 +87,10 @@ class Setting:
     Attributes:
         student: Widths of the network that is trained.
         teacher: None in a run that needs none.
-        labels: int64 [N], of the training images, on the CPU.
+        labels: Int64 [N], of the training images, on the CPU.
         num_classes: C, of the student.
         image_shape: (channels, height, width) of the training images.
-        seed: For whatever the term draws, its own.
+        seed: The term's own, for whatever it draws.
     """
 
     student: Network
@@ -112,8 +112,8 @@ class Local:
     """One worker's share of a step, b images; b may be 0.
 
     Attributes:
-        image_ids: int64 [b], positions in the training set.
-        labels: int64 [b].
+        image_ids: Int64 [b], positions in the training set.
+        labels: Int64 [b].
         images: [b, channels, height, width], normalised.
         student: Output of the student; feature maps are float32 at least.
         teacher: None in a stage whose terms need none.
@@ -139,9 +139,9 @@ class GlobalBatch:
     """All workers' images of a step, B of them.
 
     Attributes:
-        image_ids: int64 [B].
-        labels: int64 [B].
-        classes: int64 [|S|], the classes S present, ascending (Eq. 8).
+        image_ids: Int64 [B].
+        labels: Int64 [B].
+        classes: Int64 [|S|], the classes S present, ascending (Eq. 8).
         largest_class: Images of the batch's largest class.
         epoch: 0-based, over all stages.
     """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from refilled import distributed
 from refilled.config import Float, Searched, TermConfig
-from refilled.config.base import is_positive, require
+from refilled.config.fields import PositiveFloat, PositiveInt, ShareBelowOne
 from refilled.errors import UserError
 from refilled.keyed import derive_seed, keyed_uint64, keyed_uniform
 from refilled.losses import contrastive_logits, contrastive_nce, sample_negatives
@@ -23,28 +23,18 @@ from refilled.terms.base import GlobalBatch, Local, Needs, Setting, Term, mean_o
 class CrdConfig(TermConfig):
     """weight x (student against the teacher's memory + teacher against the student's)."""
 
-    weight: float = 0.8
+    weight: PositiveFloat = 0.8
     """Weight of the loss (the authors' 0.8)."""
-    dim: int = 128
+    dim: PositiveInt = 128
     """Width of the shared space and of the memories."""
-    temperature: float = 0.07
+    temperature: PositiveFloat = 0.07
     """Temperature of the scores."""
-    momentum: float = 0.5
+    momentum: ShareBelowOne = 0.5
     """What a memory keeps of a row at an update."""
-    num_negatives: int = 16_384
+    num_negatives: PositiveInt = 16_384
     """Negatives of an image, of other classes; all that there are where these are fewer."""
     positive: Literal["exact", "relax"] = "exact"
     """exact: the image's own row of the memory; relax: that of any image of its class."""
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        super().__post_init__()
-        require(is_positive(self.weight), "crd.weight", "above 0", self.weight)
-        require(self.dim >= 1, "crd.dim", "at least 1", self.dim)
-        require(is_positive(self.temperature), "crd.temperature", "above 0", self.temperature)
-        require(0 <= self.momentum < 1, "crd.momentum", "in [0, 1)", self.momentum)
-        require(self.num_negatives >= 1, "crd.num_negatives", "at least 1", self.num_negatives)
-        require(self.positive in ("exact", "relax"), "crd.positive", "exact or relax", self.positive)
 
 
 class Crd(Term):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refilled.config import Float, Searched, TermConfig
-from refilled.config.base import is_positive, require
+from refilled.config.fields import PositiveFloat, PositiveInt
 from refilled.errors import UserError
 from refilled.losses import hint_loss, match_size, pair_maps
 from refilled.terms.base import GlobalBatch, Local, MapTerm, Setting, mean_of_rows
@@ -22,18 +22,12 @@ from refilled.terms.base import GlobalBatch, Local, MapTerm, Setting, mean_of_ro
 class FitnetConfig(TermConfig):
     """weight x mean squared error of one map."""
 
-    weight: float = 100.0
+    weight: PositiveFloat = 100.0
     """Weight of the loss (re-implementations: 100)."""
-    map: int = 2
+    map: PositiveInt = 2
     """Which of the pairs of maps, from 1, the first group's first; the deepest maps are a pair."""
     relu: bool = True
     """Whether the regressor ends in a ReLU (re-implementations: yes); it then reaches no negative entry of a map."""
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        super().__post_init__()
-        require(is_positive(self.weight), "fitnet.weight", "above 0", self.weight)
-        require(self.map >= 1, "fitnet.map", "at least 1", self.map)
 
 
 class Fitnet(MapTerm):

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from refilled.config import Float, Searched, TermConfig
-from refilled.config.base import is_positive, require
+from refilled.config.fields import NonNegativeFloat, PositiveFloat
 from refilled.losses import relational_distillation
 from refilled.terms.base import GlobalBatch, Local, Needs, Term
 
@@ -17,17 +17,10 @@ from refilled.terms.base import GlobalBatch, Local, Needs, Term
 class RkdConfig(TermConfig):
     """weight x (distance loss + angle_ratio x angle loss)."""
 
-    weight: float = 25.0
+    weight: PositiveFloat = 25.0
     """Weight of the distance loss (re-implementations in classification: 25; the authors, in retrieval: 1)."""
-    angle_ratio: float = 2.0
+    angle_ratio: NonNegativeFloat = 2.0
     """Weight of the angle loss over that of the distance loss; 0: distances alone."""
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        super().__post_init__()
-        require(is_positive(self.weight), "rkd.weight", "above 0", self.weight)
-        positive = self.angle_ratio == 0 or is_positive(self.angle_ratio)
-        require(positive, "rkd.angle_ratio", "at least 0", self.angle_ratio)
 
 
 class Rkd(Term):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Annotated, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refilled.config import Float, Searched, TermConfig
-from refilled.config.base import is_positive, require
+from refilled.config.fields import PositiveFloat, Range
 from refilled.losses import match_size, pair_maps, variational_loss
 from refilled.terms.base import GlobalBatch, Local, MapTerm, Setting, mean_of_rows
 
@@ -26,17 +26,10 @@ LEAST_VARIANCE = 1e-5
 class VidConfig(TermConfig):
     """weight x sum over pairs of maps of the negative log-likelihood."""
 
-    weight: float = 1.0
+    weight: PositiveFloat = 1.0
     """Weight of the loss (re-implementations: 1)."""
-    initial_variance: float = 5.0
+    initial_variance: Annotated[float, Range(LEAST_VARIANCE, ends="()")] = 5.0
     """Variance of every channel at the start."""
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        super().__post_init__()
-        require(is_positive(self.weight), "vid.weight", "above 0", self.weight)
-        above = is_positive(self.initial_variance) and self.initial_variance > LEAST_VARIANCE
-        require(above, "vid.initial_variance", f"above {LEAST_VARIANCE}", self.initial_variance)
 
 
 class Vid(MapTerm):

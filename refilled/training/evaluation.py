@@ -31,11 +31,11 @@ def nearest_mean_accuracy(
     """Share of images whose embedding has its largest cosine with its class's mean (NCM).
 
     Args:
-        model: a student or teacher.
-        image_set: labelled images.
+        model: A student or teacher.
+        image_set: Labelled images.
         prototypes: [C, d], class means.
-        normalization: of the pixels.
-        compute: device and precision.
+        normalization: Mean and deviation of the pixels.
+        compute: Device and precision.
     """
     directions = torch.nn.functional.normalize(prototypes.to(compute.device), dim=1)
     num_correct = torch.zeros((), dtype=torch.int64, device=compute.device)
@@ -56,11 +56,11 @@ def class_means(
     """Exact class means of the embedding without augmentation (Eq. 6), reduced over workers.
 
     Args:
-        model: a student or teacher.
-        image_set: labelled images.
-        normalization: of the pixels.
-        compute: device and precision.
-        images_per_class: use the first so many images of each class; none: all.
+        model: A student or teacher.
+        image_set: Labelled images.
+        normalization: Mean and deviation of the pixels.
+        compute: Device and precision.
+        images_per_class: Use the first so many images of each class; none: all.
 
     Returns:
         [C, d] in the model's type.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from refilled import batch_norm, distributed
-from refilled.config import RunConfig
+from refilled.config import RunConfig, TermConfig
 from refilled.data.views import Views
 from refilled.keyed import derive_seed
+from refilled.metrics import EpochMetrics
 from refilled.models import Model, Output, build_model, initialise, parameters_of_embedding
 from refilled.stages import Stage, term_config
 from refilled.storage.model_file import model_state
-from refilled.storage.run_folder import Row
 from refilled.tasks.classification import Task
 from refilled.terms import Setting, Teacher, TeacherOutput, Term
 from refilled.training.compute import Compute
@@ -45,8 +45,8 @@ class Learner:
         student: The network that is trained.
         trained: The student as the steps run it: itself, or compiled.
         views: The augmentation.
-        images: uint8 [N, C, H, W], the whole training set on the device.
-        terms: Of the present stage.
+        images: Uint8 [N, C, H, W], the whole training set on the device.
+        terms: Terms of the present stage.
     """
 
     config: RunConfig
@@ -112,11 +112,7 @@ def begin_stage(learner: Learner, stage: Stage) -> None:
             image_shape=(channels, height, width),
             seed=seed,
         )
-        with torch.random.fork_rng(devices=[]):  # layers draw weights when constructed, most of which are replaced
-            torch.manual_seed(seed)
-            term = kind(term_config(kind, config), setting)
-        initialise(term, seed)
-        terms.append(term)
+        terms.append(new_term(kind, term_config(kind, config), setting))
     if distributed.world_size() > 1:
         batch_norm.convert_batch_norm(terms)
     learner.terms = compute.place_model(terms).train()
@@ -124,6 +120,15 @@ def begin_stage(learner: Learner, stage: Stage) -> None:
         for term in learner.present_terms:
             if any(True for _ in term.parameters()):
                 term.rows = torch.compile(term.rows)  # type: ignore[method-assign]  # compiled in place of its own
+
+
+def new_term(kind: type[Term], config: TermConfig, setting: Setting) -> Term:
+    """A term whose initial weights depend on the setting's seed and their names alone."""
+    with torch.random.fork_rng(devices=[]):  # layers draw weights when constructed, most of which are replaced
+        torch.manual_seed(setting.seed)
+        term = kind(config, setting)
+    initialise(term, setting.seed)
+    return term
 
 
 def optimizer_of(learner: Learner, stage: Stage) -> torch.optim.SGD:
@@ -136,10 +141,10 @@ def optimizer_of(learner: Learner, stage: Stage) -> torch.optim.SGD:
     return build_optimizer([*parameters, *own], learner.config.optimizer, undecayed)
 
 
-def state_of(learner: Learner, optimizer: torch.optim.Optimizer, rows: list[Row]) -> dict[str, object]:
+def state_of(learner: Learner, optimizer: torch.optim.Optimizer, rows: Sequence[EpochMetrics]) -> dict[str, object]:
     """What a checkpoint holds at an epoch border; `rows` are those of all epochs so far."""
     return {
-        "rows": rows,
+        "rows": [row.to_dict() for row in rows],
         "student": learner.student.state_dict(),
         "terms": learner.terms.state_dict(),
         "optimizer": optimizer.state_dict(),

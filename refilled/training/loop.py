@@ -1,8 +1,7 @@
 """Step, epoch, stage, run: one loop for students and teachers, on any number of workers.
 
-The loop knows nothing of what carries it. A `Carrier` keeps its state at epoch borders and takes its rows: a folder
-alone, or a folder that also passes the rows on to Ray Tune or Ray Train (in `tune/`). Nor does it know a method: it
-asks the terms of a stage.
+The loop knows nothing of Ray: a run's folder keeps its state at epoch borders and its rows, and whoever wants the rows
+as they come is called. Nor does it know a method: it asks the terms of a stage.
 
 All that is random is a function of (seed, epoch, image), and all that looks at a batch looks at the global batch, so a
 run's numbers depend on its configuration, data and seed, not on the workers or on interruptions.
@@ -11,6 +10,7 @@ run's numbers depend on its configuration, data and seed, not on the workers or 
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -18,11 +18,10 @@ from refilled import distributed
 from refilled.config import RunConfig
 from refilled.data.batches import epoch_batches, num_batches
 from refilled.keyed import derive_seed
-from refilled.shared_stage import SharedStage
+from refilled.metrics import EpochMetrics, Report
 from refilled.stages import Stage, check, check_classes, needs_teacher, num_epochs_of, stages_of
-from refilled.storage.run_folder import Row
+from refilled.storage.run_folder import RunFolder
 from refilled.tasks.classification import Task
-from refilled.training.carrier import Carrier
 from refilled.training.compute import Compute
 from refilled.training.evaluation import accuracy, class_means, nearest_mean_accuracy
 from refilled.training.learner import (
@@ -42,47 +41,48 @@ def run(
     config: RunConfig,
     task: Task,
     teacher: LoadedTeacher | None,
-    carrier: Carrier,
+    folder: RunFolder,
     compute: Compute,
-    shared: SharedStage | None = None,
-) -> Row:
-    """Train a student through all stages of its method, from wherever the carrier's state says.
+    on_report: Report | None = None,
+) -> EpochMetrics:
+    """Train a student through all stages of its method, from wherever the folder's state says.
 
     Args:
-        config: of the run.
-        task: its images and classes.
-        teacher: frozen; none for methods that need none.
-        carrier: keeps state and takes rows.
-        compute: device and precision.
-        shared: where a run without a state of its own takes a finished stage embedding from, and where one that has
-            trained it keeps it; none: it trains every stage, for itself.
+        config: The run's configuration.
+        task: Its images and classes.
+        teacher: Frozen; none for methods that need none.
+        folder: Keeps the state, before the epoch's row, and the rows.
+        compute: Device and precision.
+        on_report: Takes every row, those of earlier processes too: whoever decides by rows may have died with the
+            process that reported them, and must see each before the next.
 
     Returns:
-        The last row: `epoch` (1-based, over all stages), `stage`, `train_loss`, `learning_rate`, `gradient_norm` and
-        `gradient_norm_max` (mean and largest, over the epoch's steps, of the l2 norm of all parameters' gradients by
-        the global batch's loss, the terms' own included), `images_per_second`, `epoch_s`, `finished`, and with
-        validation images `val_accuracy` (in stage embedding that of the nearest class mean), `best_val_accuracy` and
-        `best_epoch` (over the epochs of stage classifier so far).
+        The last row.
 
     Raises:
-        FloatingPointError: when the loss is no longer finite.
+        FloatingPointError: The loss is no longer finite.
     """
     _check(config, task, teacher)
+
+    def report(row: EpochMetrics) -> None:
+        folder.append_row(row)  # again, should the folder have lost it
+        if on_report is not None:
+            on_report(row)
+
     learner = make_learner(config, task, teacher, compute)
-    state = carrier.load()
-    rows: list[Row] = []
+    state = folder.load_checkpoint()
+    rows: list[EpochMetrics] = []
     if state is not None:
-        rows = state["rows"]
+        rows = [EpochMetrics.from_dict(each) for each in state["rows"]]
         learner.student.load_state_dict(state["student"])
-        carrier.repeat(rows)
-    elif shared is not None:
-        rows = _take_over(learner, shared, carrier)
-    row: Row = rows[-1] if rows else {}
+        for each in rows:
+            report(each)
+    row = rows[-1] if rows else None
     epochs_before = 0
     for stage in stages_of(config):
         begin_stage(learner, stage)
         optimizer = optimizer_of(learner, stage)
-        first = max(0, row.get("epoch", 0) - epochs_before)
+        first = max(0, len(rows) - epochs_before)
         if state is not None and 0 < first < stage.num_epochs:
             learner.terms.load_state_dict(state["terms"])
             optimizer.load_state_dict(state["optimizer"])
@@ -93,32 +93,12 @@ def run(
             row = _epoch(learner, stage, optimizer, epochs_before + epoch, epoch, previous=row)
             rows.append(row)
             if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == stage.num_epochs:
-                carrier.save(state_of(learner, optimizer, rows))
-            carrier.report(row)
+                folder.save_checkpoint(state_of(learner, optimizer, rows))
+            report(row)
         epochs_before += stage.num_epochs
-        if shared is not None and stage.name == "embedding" and row["epoch"] == epochs_before:  # not a state beyond it
-            shared.keep(learner.student)
-    carrier.finish(row, state_of_student(config, task, learner.student))
+    assert row is not None, "a run has an epoch"
+    folder.finish(row, state_of_student(config, task, learner.student))
     return row
-
-
-def _take_over(learner: Learner, shared: SharedStage, carrier: Carrier) -> list[Row]:
-    """Continue from a finished stage embedding, where there is one, as if it had been trained here.
-
-    Its rows are reported with `shared`: true. No state is saved: until stage classifier has one, the stage is found
-    again.
-
-    Returns:
-        The stage's rows, none where there is no such stage.
-    """
-    finished = shared.load(learner.student)
-    if finished is None:
-        return []
-    learner.student.load_state_dict(finished.student)
-    rows = [row | {"shared": True} for row in finished.rows]
-    for row in rows:
-        carrier.report(row)
-    return rows
 
 
 def _check(config: RunConfig, task: Task, teacher: LoadedTeacher | None) -> None:
@@ -128,8 +108,13 @@ def _check(config: RunConfig, task: Task, teacher: LoadedTeacher | None) -> None
 
 
 def _epoch(
-    learner: Learner, stage: Stage, optimizer: torch.optim.Optimizer, epoch: int, epoch_of_stage: int, previous: Row
-) -> Row:
+    learner: Learner,
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    epoch_of_stage: int,
+    previous: EpochMetrics | None,
+) -> EpochMetrics:
     """Train one epoch, validate, and say how it went. `epoch` counts over stages, `epoch_of_stage` within; 0-based."""
     config, started_s = learner.config, time.perf_counter()
     labels = learner.task.train.labels
@@ -157,33 +142,43 @@ def _epoch(
     if not torch.isfinite(loss_sum):
         raise FloatingPointError(f"The loss is {train_loss} in epoch {epoch + 1} (stage {stage.name}).")
     train_s = time.perf_counter() - started_s
-    row: Row = {
-        "epoch": epoch + 1,
-        "stage": stage.name,
-        "train_loss": train_loss,
-        "learning_rate": rate,
-        "gradient_norm": float(norm_sum) / steps,
-        "gradient_norm_max": float(norm_max),
-        "images_per_second": len(labels) / train_s,
-    }
-    row |= _validate(learner, stage, epoch, previous)
-    row["epoch_s"] = time.perf_counter() - started_s
-    row["finished"] = epoch + 1 == num_epochs_of(config)
-    return row
+    values = _validate(learner, stage, epoch, previous)
+    return EpochMetrics(
+        epoch=epoch + 1,
+        stage=stage.name,
+        train_loss=train_loss,
+        learning_rate=rate,
+        gradient_norm=float(norm_sum) / steps,
+        gradient_norm_max=float(norm_max),
+        images_per_second=len(labels) / train_s,
+        epoch_s=time.perf_counter() - started_s,
+        finished=epoch + 1 == num_epochs_of(config),
+        val_accuracy=values.val_accuracy,
+        best_val_accuracy=values.best_val_accuracy,
+        best_epoch=values.best_epoch,
+    )
 
 
-def _validate(learner: Learner, stage: Stage, epoch: int, previous: Row) -> Row:
+class _Validation(NamedTuple):
+    """Fields of `EpochMetrics`."""
+
+    val_accuracy: float | None = None
+    best_val_accuracy: float | None = None
+    best_epoch: int | None = None
+
+
+def _validate(learner: Learner, stage: Stage, epoch: int, previous: EpochMetrics | None) -> _Validation:
     """Validation accuracy after an epoch, and the best of stage `classifier` so far."""
     validation = learner.task.validation
     if validation is None:
-        return {}
+        return _Validation()
     student, normalization, compute = learner.student, learner.task.normalization, learner.compute
     if stage.validates_by == "nearest_mean":
         count = learner.config.ncm_images_per_class
         means = class_means(student, learner.task.train, normalization, compute, images_per_class=count)
-        return {"val_accuracy": nearest_mean_accuracy(student, validation, means, normalization, compute)}
+        return _Validation(nearest_mean_accuracy(student, validation, means, normalization, compute))
     value = accuracy(student, validation, normalization, compute)
-    best, best_epoch = previous.get("best_val_accuracy", -1.0), previous.get("best_epoch", 0)
-    if value > best:
-        best, best_epoch = value, epoch + 1
-    return {"val_accuracy": value, "best_val_accuracy": best, "best_epoch": best_epoch}
+    best = None if previous is None else previous.best_val_accuracy
+    if previous is None or best is None or value > best:
+        return _Validation(value, value, epoch + 1)
+    return _Validation(value, best, previous.best_epoch)

@@ -15,7 +15,7 @@ from processes import belonging, working_as
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 SEARCH = (
-    "tune/search.py smoke --deterministic --generation 2 --overlaps 1 --trials 7 --epochs 10 20 --teacher-epochs 4 "
+    "tune/search.py smoke --deterministic --trial-batch 2 --overlaps 1 --trials 7 --epochs 10 20 --teacher-epochs 4 "
     "--seeds 1 --no-forecast"
 )
 PATIENCE_S = 120.0

@@ -15,6 +15,8 @@ from end_state import differences, end_state
 from job_head import DECOY, NOT_UPLOADED, JobHead
 from processes import working_as
 
+from refilled.storage.artifact_folder import USED
+
 pytestmark = pytest.mark.ray
 
 SEARCH = (
@@ -57,9 +59,9 @@ def until(is_so: Callable[[], object], what: str) -> None:
 
 
 def times_of(storage: Path) -> dict[Path, int]:
-    """When each file of a run, a teacher or a bank was written last."""
+    """When each file of a run, a teacher or an artifact was written last."""
     files = [path for kind in ("runs", "teachers", "cache") for path in (storage / kind).rglob("*") if path.is_file()]
-    return {path: path.stat().st_mtime_ns for path in files if path.suffix != ".lock"}
+    return {path: path.stat().st_mtime_ns for path in files if path.suffix != ".lock" and path.name != USED}
 
 
 def test_a_job_ends_well_and_says_what_came_of_it(head: JobHead, finished: Finished) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,12 +15,14 @@ from end_state import differences, end_state
 from mlflow_server import Server
 from object_store import ObjectStore
 
-from refilled.storage import mirror
+from refilled.storage import Storage
+from refilled.storage.object_storage import UPLOADED, WORK_FOLDER
 from tune import search
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-SEARCH = "tune/search.py --deterministic --generation 2 --seeds 1 --overlaps 1 --teacher-epochs 8 --no-forecast"
-SEARCH += " --trials 4 --epochs 6 10 --bank.mode bank"
+SEARCH = "tune/search.py --deterministic --trial-batch 2 --seeds 1 --overlaps 1 --teacher-epochs 8 --no-forecast"
+SEARCH += " --trials 4 --epochs 6 10 --embedding-cache.mode cached"
+TEACHERS_RESULT = r"/teachers/[^/]*/result\.json"
 
 
 class StoredPlace(ClusterPlace):
@@ -56,13 +60,17 @@ def what_is_stored(store: ObjectStore, url: str, folder: Path, patch: pytest.Mon
     """Copy to a folder all that the store has."""
     for name, value in store.environment.items():
         patch.setenv(name, value)
-    patch.setenv(mirror.WORK_FOLDER, str(folder / "copies"))
-    patch.setattr(mirror, "_mirrors", {})
-    root = mirror.open_storage(url)
-    for name in sorted(mirror.FOLDERS):
-        mirror.pull(root / name)
-        if (root / name).exists():
-            shutil.copytree(root / name, folder / name)
+    patch.setenv(WORK_FOLDER, str(folder / "copies"))
+    storage = Storage.open(url)
+    for name in sorted(UPLOADED):
+        storage.pull(storage.root / name)
+        if (storage.root / name).exists():
+            shutil.copytree(storage.root / name, folder / name)
+
+
+def trained_teachers(requests: list[str]) -> list[str]:
+    """Keys of the teachers whose results were written, once for each time."""
+    return [line.split("/")[4] for line in requests if line.startswith("PUT") and re.search(TEACHERS_RESULT, line)]
 
 
 def test_a_search_goes_on_on_another_cluster(
@@ -77,7 +85,7 @@ def test_a_search_goes_on_on_another_cluster(
         command = Command(text, tmp_path / "first", place, url)
         command.start()
         assert command.wait_until_it_trains()
-        server.kill()  # so that how the first trials end is told to the driver's journal only, which is lost
+        server.kill()  # so that only the store has how the first trials end
         while not _num_ended(seen):
             time.sleep(0.1)
         command.end()
@@ -88,14 +96,36 @@ def test_a_search_goes_on_on_another_cluster(
         before = store.requests()
         Command(text, tmp_path / "second", place, url).finish()
     written = [line for line in store.requests()[len(before) :] if line.startswith(("PUT", "POST"))]
-    trained_before = {
-        line.split("/")[4] for line in before if "/teachers/" in line and line.endswith("result.json?uploads")
-    }
+    trained_before = trained_teachers(before)
     assert trained_before
     assert not [line for line in written if "/teachers/" in line and line.split("/")[4] in trained_before]
     what_is_stored(store, url, seen, monkeypatch)
     assert differences(end_state(tmp_path / "undisturbed"), end_state(seen)) == []
-    assert len(list((seen / "banks").iterdir())) == len(_banks(tmp_path / "undisturbed"))
+    caches = {
+        line.split("/")[5] for line in store.requests() if re.match(r"PUT .*/cache/embeddings/[^/]+/manifest", line)
+    }
+    assert len(caches) == len(_embedding_caches(tmp_path / "undisturbed"))
+
+
+def test_two_clusters_without_a_common_folder_make_one_teacher(
+    store: ObjectStore, server: Server, tmp_path: Path
+) -> None:
+    """Two searches at once, on clusters that share nothing but the store, whose teacher and caches are the same."""
+    url = f"s3://{store.bucket}/together"
+    with contextlib.ExitStack() as places:
+        commands = []
+        for name in ("one", "other"):
+            place = places.enter_context(StoredPlace(store))
+            studies = f"--study-storage sqlite:///{tmp_path}/{name}.db --tracking-uri {server.uri}"
+            commands.append(Command(f"{SEARCH} --experiment {name} {studies}", tmp_path / name, place, url))
+            commands[-1].start()
+        for command in commands:
+            command.finish()
+    teachers = trained_teachers(store.requests())
+    assert len(teachers) == 2  # that of the trials and that of the refits
+    assert len(set(teachers)) == 2
+    manifests = [line for line in store.requests() if re.match(r"PUT .*/cache/embeddings/.*/manifest.json", line)]
+    assert len(manifests) == len(set(manifests)) > 0
 
 
 @pytest.mark.parametrize(
@@ -114,9 +144,8 @@ def test_an_object_store_asks_for_databases_that_last(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name, value in (store.environment | {mirror.WORK_FOLDER: str(tmp_path)}).items():
+    for name, value in (store.environment | {WORK_FOLDER: str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(mirror, "_mirrors", {})
     assert search.command(["--storage", f"s3://{store.bucket}/a", *flags]) == 2
     error = capsys.readouterr().err
     assert missing in error
@@ -132,5 +161,5 @@ def _num_ended(folder: Path) -> int:
     return sum(trial.state.is_finished() for study in studies for trial in study.trials)
 
 
-def _banks(storage: Path) -> list[Path]:
-    return [path for path in (storage / "banks").iterdir() if path.is_dir()]
+def _embedding_caches(storage: Path) -> list[Path]:
+    return [path for path in (storage / "cache" / "embeddings").iterdir() if path.is_dir()]

@@ -1,1 +1,0 @@
-"""The teacher's embeddings of every (image, view), computed once and kept in files."""
