@@ -1,4 +1,4 @@
-"""Kill the MLflow server in the middle of a search, and compare what is replayed later with the run folders.
+"""Kill the MLflow server in the middle of a search, and compare what it is given later with the run folders.
 
     python tests/faults/track_outage.py
 
@@ -45,7 +45,7 @@ def search_through_outage(storage: Path, server: Any) -> str:
     return "".join(lines)
 
 
-def replay(storage: Path) -> str:
+def sync(storage: Path) -> str:
     """What the command says."""
     command = [sys.executable, str(ROOT / "tune/sync.py"), str(storage)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -98,7 +98,7 @@ def main() -> int:
             server.start()
             for _ in range(2):
                 began_s = time.monotonic()
-                print(replay(storage), f"({time.monotonic() - began_s:.1f} s)")
+                print(sync(storage), f"({time.monotonic() - began_s:.1f} s)")
             found = differences(storage, server)
         finally:
             server.kill()

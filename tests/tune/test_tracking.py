@@ -1,6 +1,7 @@
 import contextlib
 import json
 import logging
+import math
 import socket
 import sqlite3
 import subprocess
@@ -12,11 +13,13 @@ import uuid
 from pathlib import Path
 
 import pytest
+from outcomes import row_of
 
 from refilled.errors import UserError
+from refilled.storage import Storage
 from tune.tracking import store as tracking_store
-from tune.tracking.record import flat_params
-from tune.tracking.rows import RowTail
+from tune.tracking.outbox import clean_params
+from tune.tracking.rows import Rows
 from tune.tracking.store import open_store, shown_uri
 from tune.tracking.tracker import Tracker, resolve_tracking_uri
 
@@ -26,8 +29,9 @@ DONE_S = 20.0
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory):
     """One real SQLite store for the module: creating its tables takes 2 s."""
-    uri = resolve_tracking_uri(None, tmp_path_factory.mktemp("storage"))
-    Tracker(uri, "first").close()
+    storage = Storage.open(tmp_path_factory.mktemp("storage"))
+    uri = resolve_tracking_uri(None, storage)
+    Tracker(uri, "first", storage).close()
     return uri
 
 
@@ -48,7 +52,7 @@ def append(folder, *rows, end="\n"):
 
 
 def row(epoch, accuracy=None):
-    return {"epoch": epoch, "stage": "embedding", "train_loss": 1.0 / epoch, "val_accuracy": accuracy or epoch / 10}
+    return row_of(epoch, stage="embedding", train_loss=1.0 / epoch, val_accuracy=accuracy or epoch / 10).to_dict()
 
 
 def open_search(tracker, key="search"):
@@ -76,7 +80,7 @@ def wait_for(condition):
 
 
 def test_rows_arrive_while_the_file_is_being_written(uri, experiment, client, tmp_path):
-    with Tracker(uri, experiment) as tracker:
+    with Tracker(uri, experiment, Storage.open(tmp_path)) as tracker:
         parent = open_search(tracker)
         open_trial(tracker, tmp_path / "run")
         run_id = tracker.run_id("trial")
@@ -86,7 +90,7 @@ def test_rows_arrive_while_the_file_is_being_written(uri, experiment, client, tm
         assert tracker.flush(DONE_S)
         assert points(client, run_id, "val_accuracy") == [(1, 0.1), (2, 0.2), (3, 0.3)]
         assert client.get_run(run_id).info.status == "RUNNING"
-        tracker.close_run("trial", status="FINISHED", metrics={"best/val_accuracy": 0.3}, tags={"late": "tag"})
+        tracker.close_run("trial", status="FINISHED", metrics={"best/val_accuracy": 0.3})
         tracker.tag_run("trial", {"winner": "true"})
         tracker.finish_search(status="FINISHED", metrics={"winners": 1.0})
         assert tracker.flush(DONE_S)
@@ -94,9 +98,9 @@ def test_rows_arrive_while_the_file_is_being_written(uri, experiment, client, tm
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "a trial"
     assert points(client, run_id, "best/val_accuracy") == [(3, 0.3)]
-    assert set(run.data.metrics) == {"train_loss", "val_accuracy", "best/val_accuracy"}
+    assert set(run.data.metrics) == {*row(1).keys() - {"epoch", "stage", "finished"}, "best/val_accuracy"}
     assert run.data.params == {"tau": "4.0"}
-    expected = {"kind": "trial", "run_key": "trial", "mlflow.parentRunId": parent, "late": "tag", "winner": "true"}
+    expected = {"kind": "trial", "run_key": "trial", "mlflow.parentRunId": parent, "winner": "true"}
     assert expected.items() <= run.data.tags.items()
     search = client.get_run(parent)
     assert (search.info.status, search.data.metrics) == ("FINISHED", {"winners": 1.0})
@@ -104,7 +108,7 @@ def test_rows_arrive_while_the_file_is_being_written(uri, experiment, client, tm
 
 
 def test_half_a_line_waits_for_its_rest(uri, experiment, client, tmp_path):
-    with Tracker(uri, experiment) as tracker:
+    with Tracker(uri, experiment, Storage.open(tmp_path)) as tracker:
         open_search(tracker)
         open_trial(tracker, tmp_path / "run")
         append(tmp_path / "run", row(1))
@@ -115,21 +119,18 @@ def test_half_a_line_waits_for_its_rest(uri, experiment, client, tmp_path):
             assert tracker.flush(DONE_S)
             run_id = tracker.run_id("trial")
             assert points(client, run_id, "val_accuracy") == [(1, 0.1)]
-            file.write(line[20:])  # complete, its newline still missing
+            file.write(line[20:] + "\n")
         assert tracker.flush(DONE_S)
-        assert points(client, run_id, "val_accuracy") == [(1, 0.1)]
-        tracker.close_run("trial", status="FINISHED", metrics={})
-        assert tracker.flush(DONE_S)
-    assert points(client, run_id, "val_accuracy") == [(1, 0.1), (2, 0.2)]
+        assert points(client, run_id, "val_accuracy") == [(1, 0.1), (2, 0.2)]
 
 
-def test_reemitted_rows_and_a_rewritten_file_are_not_logged_twice(uri, experiment, client, tmp_path):
-    with Tracker(uri, experiment) as tracker:
+def test_rows_of_a_rewritten_file_are_not_logged_twice(uri, experiment, client, tmp_path):
+    with Tracker(uri, experiment, Storage.open(tmp_path)) as tracker:
         open_search(tracker)
         open_trial(tracker, tmp_path / "run")
         append(tmp_path / "run", row(1), row(2))
         assert tracker.flush(DONE_S)
-        append(tmp_path / "run", row(2), row(3))
+        append(tmp_path / "run", row(3))
         assert tracker.flush(DONE_S)
         # A resumed run may cut its file back to the checkpoint by temporary file and rename.
         (tmp_path / "new").mkdir()
@@ -142,7 +143,7 @@ def test_reemitted_rows_and_a_rewritten_file_are_not_logged_twice(uri, experimen
 def test_the_same_search_again_continues_its_runs(uri, experiment, client, tmp_path):
     ids, ends = [], []
     for attempt in (1, 2):
-        with Tracker(uri, experiment) as tracker:
+        with Tracker(uri, experiment, Storage.open(tmp_path)) as tracker:
             parent = open_search(tracker)
             if attempt == 2:
                 assert client.get_run(parent).info.status == "RUNNING"
@@ -152,7 +153,7 @@ def test_the_same_search_again_continues_its_runs(uri, experiment, client, tmp_p
                 append(tmp_path / "done", row(1))
                 append(tmp_path / "stopped", row(1), row(2))
             else:
-                append(tmp_path / "stopped", row(2), row(3))
+                append(tmp_path / "stopped", row(3))
             tracker.close_run("done", status="FINISHED", metrics={"best/val_accuracy": 0.1})
             if attempt == 2:
                 tracker.close_run("stopped", status="FINISHED", metrics={"best/val_accuracy": 0.3})
@@ -176,7 +177,7 @@ def test_the_same_search_again_continues_its_runs(uri, experiment, client, tmp_p
 
 def test_changed_params_of_a_found_run_are_left_and_missing_ones_added(uri, experiment, client, tmp_path):
     for params in ({"tau": 4.0}, {"tau": 5.0, "weight": None}):
-        with Tracker(uri, experiment) as tracker:
+        with Tracker(uri, experiment, Storage.open(tmp_path)) as tracker:
             open_search(tracker)
             tracker.open_run("trial", name="t", params=params, tags={"kind": "trial"}, folder=tmp_path)
             assert tracker.flush(DONE_S)
@@ -187,7 +188,7 @@ def test_every_way_a_run_can_end_and_its_artifacts(uri, experiment, client, tmp_
     (tmp_path / "files" / "inner").mkdir(parents=True)
     (tmp_path / "files" / "config.json").write_text("{}")
     (tmp_path / "files" / "inner" / "student.pt").write_bytes(b"weights")
-    with Tracker(uri, experiment, artifact_root=tmp_path / "store of artifacts") as tracker:
+    with Tracker(uri, experiment, Storage.open(tmp_path / "a storage")) as tracker:
         parent = open_search(tracker)
         for status in ("FINISHED", "KILLED", "FAILED"):
             open_trial(tracker, tmp_path / status, key=status)
@@ -202,12 +203,13 @@ def test_every_way_a_run_can_end_and_its_artifacts(uri, experiment, client, tmp_
         assert {item.path for item in client.list_artifacts(found)} == {"config.json", "inner"}
     assert [item.path for item in client.list_artifacts(run_id, "inner")] == ["inner/student.pt"]
     assert Path(client.download_artifacts(run_id, "inner/student.pt")).read_bytes() == b"weights"
-    assert list((tmp_path / "store of artifacts").rglob("student.pt"))
+    beside = Path(uri.removeprefix("sqlite:///")).with_name("artifacts")
+    assert list((beside / run_id).rglob("student.pt"))
 
 
 def test_an_exception_in_the_block_ends_the_search_as_failed(uri, experiment, client, tmp_path):
     def fail():
-        with Tracker(uri, experiment) as tracker:
+        with Tracker(uri, experiment, Storage.open(tmp_path)) as tracker:
             open_search(tracker)
             open_trial(tracker, tmp_path / "run")
             raise ZeroDivisionError
@@ -222,7 +224,7 @@ def test_two_searches_with_the_same_run_key_have_their_own_runs(uri, experiment,
     append(tmp_path / "run", row(1))
     ids = set()
     for key in ("one", "two"):
-        with Tracker(uri, experiment) as tracker:
+        with Tracker(uri, experiment, Storage.open(tmp_path)) as tracker:
             open_search(tracker, key)
             open_trial(tracker, tmp_path / "run")
             assert tracker.flush(DONE_S)
@@ -233,7 +235,7 @@ def test_two_searches_with_the_same_run_key_have_their_own_runs(uri, experiment,
 
 def test_a_store_that_refuses_is_survived_and_caught_up(tmp_path, uri, client, experiment, caplog, capsys):
     database = uri.removeprefix("sqlite:///")
-    with Tracker(uri, experiment) as tracker, caplog.at_level(logging.INFO, "tune"):
+    with Tracker(uri, experiment, Storage.open(tmp_path)) as tracker, caplog.at_level(logging.INFO, "tune"):
         open_search(tracker)
         open_trial(tracker, tmp_path / "run")
         append(tmp_path / "run", row(1))
@@ -261,7 +263,7 @@ def test_a_store_that_refuses_is_survived_and_caught_up(tmp_path, uri, client, e
 def test_a_batch_whose_answer_was_lost_is_not_logged_twice(tmp_path, uri, client, experiment):
     database = uri.removeprefix("sqlite:///")
     append(tmp_path / "run", row(1), row(2))
-    with Tracker(uri, experiment) as tracker:
+    with Tracker(uri, experiment, Storage.open(tmp_path)) as tracker:
         open_search(tracker)
         # MLflow writes a batch's metrics before its tags, each in a transaction of its own: this fails in between.
         with contextlib.closing(sqlite3.connect(database, timeout=20)) as connection:
@@ -283,7 +285,7 @@ def test_a_batch_whose_answer_was_lost_is_not_logged_twice(tmp_path, uri, client
 
 
 def test_closing_while_the_store_refuses_is_bounded_and_nothing_is_lost(tmp_path, uri, client, experiment, caplog):
-    tracker = Tracker(uri, experiment)
+    tracker = Tracker(uri, experiment, Storage.open(tmp_path))
     open_search(tracker)
     append(tmp_path / "run", row(1))
     with broken(uri.removeprefix("sqlite:///")):
@@ -293,7 +295,7 @@ def test_closing_while_the_store_refuses_is_bounded_and_nothing_is_lost(tmp_path
         assert time.monotonic() - begin < 5.0
     assert "has not taken everything of" in caplog.text
     assert "trial" in caplog.text
-    with Tracker(uri, experiment) as tracker:
+    with Tracker(uri, experiment, Storage.open(tmp_path)) as tracker:
         open_search(tracker)
         open_trial(tracker, tmp_path / "run")
         assert tracker.flush(DONE_S)
@@ -314,7 +316,7 @@ def broken(database):
 
 
 def test_a_run_deleted_in_mlflow_comes_back(tmp_path, uri, client, experiment):
-    with Tracker(uri, experiment) as tracker:
+    with Tracker(uri, experiment, Storage.open(tmp_path)) as tracker:
         open_search(tracker)
         open_trial(tracker, tmp_path / "run")
         first = tracker.run_id("trial")
@@ -326,10 +328,26 @@ def test_a_run_deleted_in_mlflow_comes_back(tmp_path, uri, client, experiment):
         assert points(client, second, "val_accuracy") == [(1, 0.1)]
 
 
+def test_an_ended_run_deleted_in_mlflow_comes_back_whole_when_it_is_tagged(tmp_path, uri, client, experiment):
+    append(tmp_path / "run", row(1), row(2))
+    with Tracker(uri, experiment, Storage.open(tmp_path)) as tracker:
+        open_search(tracker)
+        open_trial(tracker, tmp_path / "run")
+        tracker.close_run("trial", status="FINISHED", metrics={"best/val_accuracy": 0.2})
+        assert tracker.flush(DONE_S)
+        client.delete_run(tracker.run_id("trial"))
+        tracker.tag_run("trial", {"winner": "true"})
+        assert tracker.flush(DONE_S)
+    run = only_run(client, experiment)
+    assert points(client, run.info.run_id, "val_accuracy") == [(1, 0.1), (2, 0.2)]
+    assert (run.info.status, run.data.tags["winner"]) == ("FINISHED", "true")
+    assert run.data.metrics["best/val_accuracy"] == 0.2
+
+
 def test_many_rows_many_params_and_long_values_arrive_within_mlflows_limits(tmp_path, uri, client, experiment):
     append(tmp_path / "run", *(row(epoch) for epoch in range(1, 901)))
     params = {f"p{index}": index for index in range(150)} | {"long": "x" * 10_000, "odd;name|": 1, "k" * 300: 1}
-    with Tracker(uri, experiment) as tracker:
+    with Tracker(uri, experiment, Storage.open(tmp_path)) as tracker:
         open_search(tracker)
         tags = {"kind": "trial", "long": "y" * 9_000, "quote": 'it\'s "so" `odd` -- ; DROP'}
         tracker.open_run("trial", name="n" * 400, params=params, tags=tags, folder=tmp_path / "run")
@@ -343,7 +361,7 @@ def test_many_rows_many_params_and_long_values_arrive_within_mlflows_limits(tmp_
 
 
 def test_keys_cannot_break_out_of_a_query(tmp_path, uri, experiment):
-    with Tracker(uri, experiment) as tracker:
+    with Tracker(uri, experiment, Storage.open(tmp_path)) as tracker:
         with pytest.raises(ValueError, match="letters, digits"):
             open_search(tracker, "x' OR tags.kind = 'search")
         open_search(tracker)
@@ -353,31 +371,35 @@ def test_keys_cannot_break_out_of_a_query(tmp_path, uri, experiment):
             tracker.close_run("other", status="FINISHED", metrics={})
 
 
-def test_flat_params():
-    nested = {"embedding": {"temperature": 4.0, "loss": {"kind": None}}, "overlaps": (0.0, 0.4), "bf16": True}
-    assert flat_params(nested) == {
+def test_params_are_texts():
+    params = {"embedding.temperature": 4.0, "embedding.kind": None, "overlaps": (0.0, 0.4), "bf16": True}
+    assert clean_params(params) == {
         "embedding.temperature": "4.0",
-        "embedding.loss.kind": "none",
+        "embedding.kind": "none",
         "overlaps": "[0.0, 0.4]",
         "bf16": "true",
     }
 
 
-def test_row_tail_leaves_out_what_is_no_row(tmp_path, caplog):
+def test_rows_are_the_numbers_up_to_what_is_damaged_and_are_read_again_when_the_file_changes(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    tail = RowTail(path)
-    assert list(tail.new_rows()) == []
-    path.write_bytes(
-        b'{"epoch": 1, "val_accuracy": NaN, "ok": true, "note": "x", "huge": Infinity}\n\xff\xfe{\n[1]\n\n{"epoch": 2}'
-    )
-    ((epoch, numbers),) = tail.new_rows()
-    assert epoch == 1
-    assert set(numbers) == {"val_accuracy", "huge"}
-    assert numbers["val_accuracy"] != numbers["val_accuracy"]
-    assert numbers["huge"] == sys.float_info.max
+    rows = Rows(Storage.open(tmp_path), tmp_path)
+    assert list(rows.read()) == []
+    append(tmp_path, row_of(1, train_loss=math.nan, gradient_norm_max=math.inf, epoch_s=1.5).to_dict())
+    (first,) = rows.read()
+    assert (first.epoch, first.elapsed_s) == (1, 1.5)
+    assert set(first.numbers) == row(1).keys() - {"epoch", "stage", "finished"}
+    assert math.isnan(first.numbers["train_loss"])
+    assert first.numbers["gradient_norm_max"] == sys.float_info.max
+    assert list(rows.read()) == []
+    append(tmp_path, row_of(2, epoch_s=2.0).to_dict())
+    with path.open("ab") as file:
+        file.write(b"\xff\xfe{\n")
+    append(tmp_path, row(4))
+    _, second = rows.read()
+    assert (second.epoch, second.elapsed_s, second.numbers["epoch_s"]) == (2, 3.5, 2.0)
     assert len(caplog.records) == 1
-    assert list(tail.new_rows()) == []
-    assert list(tail.new_rows(final=True)) == [(2, {})]
+    assert list(rows.read(look=True)) == []
 
 
 @pytest.mark.parametrize(
@@ -392,7 +414,7 @@ def test_row_tail_leaves_out_what_is_no_row(tmp_path, caplog):
         ("sqlite:///{tmp}/folder", "unable to open"),
         ("sqlite:///{tmp}/text.db", "not a database"),
         ("sqlite:///{tmp}/new.db?timeout=soon", "could not convert"),
-        ("http://[half", "neither"),
+        ("http://[half", "half"),
         ("postgresql://user:secret@127.0.0.1:9/x", "user:***@"),
     ],
 )
@@ -401,7 +423,7 @@ def test_a_store_that_cannot_be_used_is_one_sentence_soon(tmp_path, bad, reason)
     (tmp_path / "text.db").write_text("not a database " * 100)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError) as caught:
-        Tracker(bad.format(tmp=tmp_path), "experiment")
+        Tracker(bad.format(tmp=tmp_path), "experiment", Storage.open(tmp_path))
     message = str(caught.value)
     assert message.startswith("tracking_uri: MLflow at ")
     assert reason in message
@@ -412,15 +434,15 @@ def test_a_store_that_cannot_be_used_is_one_sentence_soon(tmp_path, bad, reason)
 
 @pytest.mark.usefixtures("uri")  # imports what MLflow needs for databases
 def test_a_database_that_hangs_keeps_no_other_store_waiting(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking_store, "_DATABASE_ANSWER_S", 1.0)
+    monkeypatch.setattr(tracking_store, "_DATABASE_ANSWER_S", 2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        with pytest.raises(UserError, match="no answer within 1 s"):
-            Tracker(f"postgresql://user:secret@127.0.0.1:{port}/x", "experiment")
+        with pytest.raises(UserError, match="timeout expired"):
+            Tracker(f"postgresql://user:secret@127.0.0.1:{port}/x", "experiment", Storage.open(tmp_path))
         opened = threading.Event()
 
         def open_another():
-            Tracker(resolve_tracking_uri(None, tmp_path), "experiment").close()
+            Tracker(resolve_tracking_uri(None, Storage.open(tmp_path)), "experiment", Storage.open(tmp_path)).close()
             opened.set()
 
         threading.Thread(target=open_another, daemon=True).start()
@@ -430,23 +452,27 @@ def test_a_database_that_hangs_keeps_no_other_store_waiting(tmp_path, monkeypatc
 @pytest.mark.parametrize("name", ["", "  ", "x" * 501])
 def test_a_bad_experiment_name_is_refused_before_anything_is_written(tmp_path, name):
     with pytest.raises(UserError, match="experiment: must be a name"):
-        Tracker(resolve_tracking_uri(None, tmp_path / "new"), name)
+        Tracker(resolve_tracking_uri(None, Storage.at(tmp_path / "new")), name, Storage.at(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 
-def test_a_deleted_experiment_is_named(uri, client, experiment):
-    Tracker(uri, experiment).close()
+def test_a_deleted_experiment_is_named(uri, client, experiment, tmp_path):
+    Tracker(uri, experiment, Storage.open(tmp_path)).close()
     client.delete_experiment(client.get_experiment_by_name(experiment).experiment_id)
     with pytest.raises(UserError, match=f"experiment: '{experiment}' was deleted"):
-        Tracker(uri, experiment)
+        Tracker(uri, experiment, Storage.open(tmp_path))
 
 
 def test_resolve_tracking_uri(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert resolve_tracking_uri(None, Path("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert resolve_tracking_uri("http://host:5000", Path("runs")) == "http://host:5000"
-    with pytest.raises(UserError, match="storage"):
-        resolve_tracking_uri(None, tmp_path / "what?")
+    assert resolve_tracking_uri(None, Storage.open(Path("runs"))) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert resolve_tracking_uri("http://host:5000", Storage.open(Path("runs"))) == "http://host:5000"
+    for name in ("what?", "a%41"):
+        with pytest.raises(UserError, match="storage must have no question mark"):
+            resolve_tracking_uri(None, Storage.open(tmp_path / name))
+    for name in ("a#b", "100 % ü", "50%"):
+        open_store(resolve_tracking_uri(None, Storage.open(tmp_path / name)), create=True)
+        assert (tmp_path / name / "mlflow.db").exists()
     assert shown_uri("postgresql://me:pw@host/db") == "postgresql://me:***@host/db"
 
 
@@ -455,9 +481,11 @@ def test_a_new_store_says_nothing_and_lies_in_the_storage_folder(tmp_path):
     program = """
         import sys
         from pathlib import Path
+        from refilled.storage import Storage
         from tune.tracking.tracker import Tracker, resolve_tracking_uri
+        storage = Storage.open("runs")
         assert "mlflow" not in sys.modules
-        with Tracker(resolve_tracking_uri(None, Path("runs")), "experiment") as tracker:
+        with Tracker(resolve_tracking_uri(None, storage), "experiment", storage) as tracker:
             tracker.start_search("s", name="s", params={}, tags={})
             tracker.open_run("r", name="r", params={}, tags={}, folder=Path("runs"))
             tracker.close_run("r", status="FINISHED", metrics={}, artifacts=Path("runs/files"))

@@ -1,29 +1,24 @@
-"""What the platform knows of a search's runs, said to MLflow and to the person watching."""
+"""What a search tells of its runs, to MLflow and to the person watching."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune import Callback
 
 from refilled.config import RunConfig
-from refilled.identity import run_key
-from refilled.storage import mirror
+from refilled.metrics import END, EpochMetrics, TrialEnd
 from refilled.storage.run_folder import RunFolder
 from tune.plan import Cell, Plan, code_version
 from tune.progress import CellProgress, Progress
 from tune.studies.searcher import StudySearcher, overrides_of
+from tune.tracking.outbox import Ending, Status
 from tune.tracking.tracker import Tracker
 
 Outcome = Literal["complete", "pruned", "failed"]
-_STATUS: dict[Outcome, Literal["FINISHED", "KILLED", "FAILED"]] = {
-    "complete": "FINISHED",
-    "pruned": "KILLED",
-    "failed": "FAILED",
-}
+_STATUS: dict[Outcome, Status] = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 
 
 class Recorder:
@@ -54,23 +49,28 @@ class Recorder:
 
     def folder(self, cell: Cell, run: RunConfig) -> RunFolder:
         """The run folder of a cell's run."""
-        return RunFolder(self._plan.storage / "runs" / run_key(run, cell.spaces, cell.data_digest))
+        return self._plan.run_folder(cell, run)
 
-    def open_trial(self, cell: Cell, run: RunConfig, number: int, origin: str) -> None:
-        """Mirror a trial that starts, or that an earlier driver ran; `origin` says where its settings come from."""
+    def open_trial(self, cell: Cell, run: RunConfig, number: int, origin: str, *, ending: Ending | None = None) -> None:
+        """Mirror a trial that starts, or one that an earlier driver ran and how it ended.
+
+        Args:
+            cell: Its cell.
+            run: Its configuration.
+            number: Its number in the study.
+            origin: Where its settings come from.
+            ending: How it ended; none: it starts.
+        """
         tags = cell.tags | self._common | {"kind": "trial", "role": "method", "trial": str(number), "origin": origin}
-        self._open(cell, run, f"{cell.name} trial {number}", tags | {"winner": "false"})
+        self._open(cell, run, f"{cell.name} trial {number}", tags | {"winner": "false"}, ending)
 
     def close_trial(
-        self, cell: Cell, run: RunConfig, outcome: Outcome, row: Mapping[str, Any], *, with_artifacts: bool = False
+        self, cell: Cell, run: RunConfig, outcome: Outcome, row: EpochMetrics | None, *, with_artifacts: bool = False
     ) -> str:
         """End a trial's run; what it is compared by comes last. Returns its key."""
-        metrics = {}
-        if "best_val_accuracy" in row:
-            metrics = {"best/val_accuracy": row["best_val_accuracy"], "best/epoch": float(row["best_epoch"])}
-        key = self.key(cell, run)
-        artifacts = self._whole_folder(cell, run) if with_artifacts else None
-        self._tracker.close_run(key, status=_STATUS[outcome], metrics=metrics, artifacts=artifacts)
+        key, ending = self.key(cell, run), trial_ending(outcome, row)
+        folder = self.folder(cell, run).path if with_artifacts else None
+        self._tracker.close_run(key, status=ending.status, metrics=ending.metrics, artifacts=folder)
         return key
 
     def run_ids(self, keys: Collection[str]) -> dict[str, str | None]:
@@ -86,7 +86,7 @@ class Recorder:
     def open_refit(self, cell: Cell, run: RunConfig, role: str) -> None:
         """Mirror a refit that starts."""
         tags = cell.tags | self._common | {"kind": "refit", "role": role}
-        self._open(cell, run, f"{cell.name} {role} refit seed {run.seed}", tags)
+        self._open(cell, run, f"{cell.name} {role} refit seed {run.seed}", tags, None)
 
     def close_refit(self, cell: Cell, run: RunConfig, test_accuracy: float | None) -> str:
         """End a refit with its test accuracy and its student, or as failed; returns its key."""
@@ -98,7 +98,7 @@ class Recorder:
                 key,
                 status="FINISHED",
                 metrics={"test_accuracy": test_accuracy},
-                artifacts=self._whole_folder(cell, run),
+                artifacts=self.folder(cell, run).path,
             )
         return key
 
@@ -106,17 +106,23 @@ class Recorder:
         """Names a run within the experiment."""
         return f"{self._plan.key}-{self.folder(cell, run).path.name}"
 
-    def _whole_folder(self, cell: Cell, run: RunConfig) -> Path:
-        """A run's folder, with what another machine has put into an object store."""
-        folder = self.folder(cell, run).path
-        mirror.pull(folder)
-        return folder
-
-    def _open(self, cell: Cell, run: RunConfig, name: str, tags: dict[str, str]) -> None:
-        folder = self.folder(cell, run).path
+    def _open(self, cell: Cell, run: RunConfig, name: str, tags: dict[str, str], ending: Ending | None) -> None:
         self._tracker.open_run(
-            self.key(cell, run), name=name, params=run.flat(), tags=tags | {"seed": str(run.seed)}, folder=folder
+            self.key(cell, run),
+            name=name,
+            params=run.flat(),
+            tags=tags | {"seed": str(run.seed)},
+            folder=self.folder(cell, run).path,
+            ending=ending,
         )
+
+
+def trial_ending(outcome: Outcome, row: EpochMetrics | None) -> Ending:
+    """How a trial ended, with what it is compared by."""
+    if row is None or row.best_val_accuracy is None or row.best_epoch is None:
+        return Ending(_STATUS[outcome])
+    metrics = {"best/val_accuracy": row.best_val_accuracy, "best/epoch": float(row.best_epoch)}
+    return Ending(_STATUS[outcome], metrics)
 
 
 class SearchCallback(Callback):  # type: ignore[misc]  # Ray has no types
@@ -130,6 +136,8 @@ class SearchCallback(Callback):  # type: ignore[misc]  # Ray has no types
         self._recorder = recorder
         self._progress = progress
         self._started: set[str] = set()
+        self._rows: dict[str, EpochMetrics] = {}  # the last ones, by trial
+        self._ends: dict[str, TrialEnd] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its callbacks into a file that nobody reads, and threads cannot be pickled."""
@@ -145,21 +153,25 @@ class SearchCallback(Callback):  # type: ignore[misc]  # Ray has no types
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """An epoch ended."""
-        self._progress.epoch_ended(trial.config["cell"])
+        """An epoch ended, or the trial said how it ended."""
+        if END in result:
+            self._ends[trial.trial_id] = TrialEnd.from_dict(result)
+        else:
+            row = self._rows[trial.trial_id] = EpochMetrics.from_dict(result)
+            self._progress.epoch_ended(trial.config["cell"], row)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial ended by itself or was stopped."""
-        row = trial.last_result or {}
-        if "failure" in row:  # a trial's last word, see `tune.backend.worker`
-            self._progress.note(f"A trial of {trial.config['cell']} failed: {row['failure']}")
+        row, end = self._rows.get(trial.trial_id), self._ends.get(trial.trial_id)
+        if end is not None:
+            self._progress.note(f"A trial of {trial.config['cell']} failed: {end.reason}")
             self._ended(trial, "failed")
         else:
-            self._ended(trial, "complete" if row.get("finished") else "pruned")
+            self._ended(trial, "complete" if row is not None and row.finished else "pruned")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed, or its process was lost before it began."""
-        if self._searcher.comes_again(trial.trial_id):
+        if self._searcher.will_retry(trial.trial_id):
             return
         if trial.trial_id not in self._started:
             self.on_trial_start(iteration, trials, trial)
@@ -169,7 +181,8 @@ class SearchCallback(Callback):  # type: ignore[misc]  # Ray has no types
 
     def _ended(self, trial: Any, outcome: Outcome) -> None:
         cell, run = self._cell_and_run(trial)
-        self._recorder.close_trial(cell, run, outcome, trial.last_result or {})
+        self._recorder.close_trial(cell, run, outcome, self._rows.pop(trial.trial_id, None))
+        self._ends.pop(trial.trial_id, None)
         best = self._searcher.best(cell.name)
         self._progress.trial_ended(cell.name, outcome, None if best is None else best.value)
 
@@ -178,7 +191,7 @@ class SearchCallback(Callback):  # type: ignore[misc]  # Ray has no types
 
 
 def record_earlier_trials(plan: Plan, trials: Mapping[str, list[FrozenTrial]], recorder: Recorder) -> None:
-    """Give MLflow the ended trials of an earlier driver, should it have died before it delivered them."""
+    """Give MLflow the ended trials of an earlier driver, should it have died before it said how they ended."""
     outcomes: dict[TrialState, Outcome] = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned"}
     for cell in plan.cells:
         for trial in trials[cell.name]:
@@ -186,10 +199,10 @@ def record_earlier_trials(plan: Plan, trials: Mapping[str, list[FrozenTrial]], r
                 continue
             run = cell.run.with_overrides(overrides_of(trial))
             folder = recorder.folder(cell, run)
-            mirror.refresh(folder.metrics_path)  # that driver may have been on another machine
+            plan.storage.refresh(folder.metrics_path)  # that driver may have been on another machine
             rows = folder.rows()
-            recorder.open_trial(cell, run, trial.number, trial.user_attrs.get("origin", "sampled"))
-            recorder.close_trial(cell, run, outcomes[trial.state], rows[-1] if rows else {})
+            ending = trial_ending(outcomes[trial.state], rows[-1] if rows else None)
+            recorder.open_trial(cell, run, trial.number, trial.user_attrs.get("origin", "sampled"), ending=ending)
 
 
 def cell_progress(plan: Plan, searcher: StudySearcher) -> list[tuple[str, CellProgress]]:

@@ -1,82 +1,61 @@
-"""Reading the rows of a `metrics.jsonl` that is still being written."""
+"""The rows of a run, read while they are being written, here or on another machine."""
 
 from __future__ import annotations
 
-import json
-import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from refilled.storage import mirror
+from refilled.storage import Storage
+from refilled.storage.run_folder import RunFolder
 
-METRICS_FILE = "metrics.jsonl"
-LOOK_S = 10.0  # between looks into an object store, which is asked for every run that is open
-
-_logger = logging.getLogger(__name__)
+_LOOK_S = 10.0  # between looks into an object store, which is asked for every run that is open
 
 
-class RowTail:
-    """The rows of one file, each given once as (epoch, numbers) as soon as its line is complete.
+@dataclass(frozen=True)
+class Row:
+    """The numbers of an epoch, and after how many seconds of training it ended."""
 
-    The file may not exist yet, may end in half a line, and may be cut or replaced when its run resumes; then it is
-    read again from its start, and the reader sees rows a second time.
-    """
+    epoch: int
+    elapsed_s: float
+    numbers: dict[str, float]
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-        self._inode = 0
-        self._warned = False
+
+class Rows:
+    """The rows of one run folder, which need not exist yet, and whose file a run that resumes may replace."""
+
+    def __init__(self, storage: Storage, folder: Path) -> None:
+        self._folder = RunFolder(storage, folder)
+        self._seen: tuple[int, int, int] | None = None
         self._next_look_s = 0.0
 
-    def new_rows(self, *, final: bool = False) -> Iterator[tuple[int, dict[str, float]]]:
-        """Rows written since the last call.
-
-        Args:
-            final: Nothing more will be written, so that a last line without its newline counts if it is complete.
-
-        Yields:
-            The row's `epoch` and its other numeric fields.
-
-        Raises:
-            OSError: The file exists and cannot be read.
-        """
-        if final or time.monotonic() >= self._next_look_s:
-            mirror.refresh(self._path)
-            self._next_look_s = time.monotonic() + LOOK_S
+    def read(self, *, look: bool = False) -> Iterator[Row]:
+        """All whole rows, if the file is another one than at the last call; `look`: also in an object store, now."""
+        path = self._folder.metrics_path
+        if look or time.monotonic() >= self._next_look_s:
+            self._folder.storage.refresh(path)
+            self._next_look_s = time.monotonic() + _LOOK_S
         try:
-            stat = self._path.stat()
+            status = path.stat()
         except FileNotFoundError:
             return
-        if stat.st_size < self._offset or stat.st_ino != self._inode:
-            self._offset, self._inode = 0, stat.st_ino
-        if stat.st_size == self._offset:
+        seen = status.st_ino, status.st_size, status.st_mtime_ns
+        if seen == self._seen:
             return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            block = file.read()
-        complete = block.rfind(b"\n") + 1
-        self._offset += complete
-        lines = block[:complete].splitlines()
-        for line in lines:
-            if line.strip():
-                yield from self._parsed(line, final=False)
-        if final and block[complete:].strip():
-            yield from self._parsed(block[complete:], final=True)
+        self._seen, elapsed_s = seen, 0.0
+        for row in self._folder.rows():
+            elapsed_s += row.epoch_s
+            found = numbers({name: value for name, value in row.to_dict().items() if name != "epoch"})
+            yield Row(row.epoch, elapsed_s, found)
 
-    def _parsed(self, line: bytes, *, final: bool) -> Iterator[tuple[int, dict[str, float]]]:
-        try:
-            row = json.loads(line)
-        except ValueError:  # also what undecodable bytes raise
-            row = None
-        epoch = row.get("epoch") if isinstance(row, dict) else None
-        if isinstance(row, dict) and isinstance(epoch, int) and not isinstance(epoch, bool):
-            yield epoch, numbers({name: value for name, value in row.items() if name != "epoch"})
-        elif not final and not self._warned:
-            self._warned = True
-            _logger.warning("%s: left out a line that is not a row with an epoch: %.80r", self._path, line)
+
+def last_written_ms(storage: Storage, folder: Path) -> int:
+    """When a run's last row was written, in milliseconds since 1970; 0 where there is none."""
+    path = RunFolder(storage, folder).metrics_path
+    storage.refresh(path)
+    return int(path.stat().st_mtime * 1000) if path.exists() else 0
 
 
 def numbers(values: Mapping[str, object]) -> dict[str, float]:

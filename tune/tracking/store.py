@@ -5,26 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import re
 import sqlite3
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import quote, urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from refilled.errors import UserError
-from refilled.storage.mirror import is_mirrored
+from refilled.storage import Storage
+from tune.tracking.moves import IS_BESIDE, beside, follow_move
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_Result = TypeVar("_Result")
-
 _ENVIRONMENT = {
     # MLflow's own seven retries of 120 s each block a call for minutes when the server is gone.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -41,8 +38,7 @@ _LOG_LEVELS = {
 }
 _SERVERS = ("http", "https")
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-_SERVER_ANSWER_S = 10.0
-_DATABASE_ANSWER_S = 30.0  # a first connection also creates the tables
+_DATABASE_ANSWER_S = 10
 _CAUSE_LENGTH = 160
 
 
@@ -57,23 +53,29 @@ class UnusableStoreError(UserError):
         self.trouble = trouble
 
 
-def resolve_tracking_uri(uri: str | None, storage: Path) -> str:
+def resolve_tracking_uri(uri: str | None, storage: Storage) -> str:
     """The URI given, or the SQLite file `mlflow.db` in the storage folder.
 
     Raises:
-        UserError: The storage folder's path cannot be part of a URI; or it is this machine's copy of an object store,
-            which may be gone tomorrow, and the URI is not a server's, which keeps artifacts elsewhere.
+        UserError: It is no store's address, or the storage folder's path cannot be part of one; or storage is this
+            machine's copy of an object store, which may be gone tomorrow, and the URI is not a server's, which keeps
+            artifacts elsewhere.
     """
-    if is_mirrored(storage) and not (uri and is_server(uri)):
+    if storage.is_remote and not (uri and is_server(uri)):
         raise UserError(
             f"tracking_uri must be a server, such as http://HOST:5000, where storage is an object store, "
             f"got {uri or 'none'}."
         )
     if uri:
+        require_store(uri)
         return uri
-    if "?" in str(storage.resolve()):
-        raise UserError(f"storage: must have no question mark in its path, not {str(storage)!r}")
-    return f"sqlite:///{storage.resolve() / 'mlflow.db'}"
+    root = storage.root.resolve()
+    if re.search(r"\?|%[0-9A-Fa-f]{2}", str(root)):
+        raise UserError(
+            f"storage must have no question mark and no % before two hexadecimal digits in its path, which a URI reads "
+            f"otherwise, got {storage.location!r}."
+        )
+    return f"sqlite:///{root / 'mlflow.db'}"
 
 
 def quiet_mlflow() -> None:
@@ -94,6 +96,8 @@ def shown_uri(uri: str) -> str:
 
 def store_trouble(uri: str, error: BaseException | str) -> str:
     """What is wrong with a store, in half a sentence without passwords."""
+    if isinstance(error, UnusableStoreError):
+        return error.trouble
     cause = str(error)
     if "Max retries exceeded" in cause:  # the end of what is otherwise a page about one refused connection
         status = re.search(r"too many (\d+) error responses", cause)
@@ -119,21 +123,29 @@ def open_store(uri: str, *, create: bool) -> MlflowClient:
         create: Create a missing SQLite file and its tables (a writer); a reader never creates anything.
 
     Raises:
-        UserError: The store cannot be used, or does not exist and must not be created; within about 10 s for a
-            server, 30 s for a database.
+        UserError: The store cannot be used, or does not exist and must not be created; a server or database that does
+            not answer is waited for about 10 s.
     """
+    require_store(uri)
     scheme = _scheme(uri)
-    if scheme not in _SERVERS + _DATABASES:
-        raise unusable_store(uri, "this is neither a server's nor a database's address")
     if path := sqlite_path(uri):
         with _sqlite_ready(uri, path, create=create):
-            return _answering_client(uri)
-    try:
-        if scheme in _SERVERS:
-            return _within(_SERVER_ANSWER_S, lambda: _answering_client(uri))
-        return _within(_DATABASE_ANSWER_S, lambda: _database_client(uri))
-    except (TimeoutError, ModuleNotFoundError) as error:
-        raise unusable_store(uri, error) from error
+            client = _answering_client(uri)
+            follow_move(path, is_writer=create)
+            return client
+    if scheme in _DATABASES:
+        _require_connection(uri, scheme)
+    return _answering_client(uri)
+
+
+def require_store(uri: str) -> None:
+    """Refuse what cannot be a store's address, without asking anybody.
+
+    Raises:
+        UserError: It is neither a server's nor a database's.
+    """
+    if _scheme(uri) not in _SERVERS + _DATABASES:
+        raise unusable_store(uri, "this is neither a server's nor a database's address")
 
 
 def is_server(uri: str) -> bool:
@@ -156,37 +168,43 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(name)
 
 
-def find_or_create_experiment(client: MlflowClient, uri: str, name: str, artifact_root: Path | None) -> str:
+def find_or_create_experiment(client: MlflowClient, uri: str, name: str, artifact_root: Path) -> str:
     """The id of the experiment of that name.
 
     Args:
         client: Client of the store.
         uri: Its address, for the error.
         name: Name of the experiment.
-        artifact_root: Where a new experiment of a database keeps its artifacts.
+        artifact_root: Where a new experiment of a database keeps its artifacts; a server has a place of its own.
 
     Raises:
         UserError: The name is not one MLflow takes, or belongs to a deleted experiment.
     """
     from mlflow.exceptions import MlflowException
 
+    # MLflow alone would put a database's artifacts into the current directory, a job's copy.
+    location = None if is_server(uri) else artifact_root.resolve().as_uri()
+    path = sqlite_path(uri)
+    tags = {IS_BESIDE: "true"} if path is not None and location == beside(path) else {}
     try:
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            location = None if artifact_root is None else artifact_root.resolve().as_uri()
             try:
-                return str(client.create_experiment(name, artifact_location=location))
+                return str(client.create_experiment(name, artifact_location=location, tags=tags))
             except MlflowException as error:
                 # Another command may have created it between the two calls.
                 experiment = client.get_experiment_by_name(name)
                 if experiment is None:
                     raise error from None
+        if experiment.lifecycle_stage != "active":
+            raise UserError(
+                f"experiment: {name!r} was deleted in MLflow at {shown_uri(uri)}; restore it there or choose another "
+                "name"
+            )
+        if tags and experiment.artifact_location == location and IS_BESIDE not in experiment.tags:
+            client.set_experiment_tag(experiment.experiment_id, IS_BESIDE, "true")
     except MlflowException as error:
         raise unusable_store(uri, f"experiment {name!r}: {error}") from error
-    if experiment.lifecycle_stage != "active":
-        raise UserError(
-            f"experiment: {name!r} was deleted in MLflow at {shown_uri(uri)}; restore it there or choose another name"
-        )
     return str(experiment.experiment_id)
 
 
@@ -204,7 +222,7 @@ def _answering_client(uri: str) -> MlflowClient:
     return client
 
 
-def _database_client(uri: str) -> MlflowClient:
+def _require_connection(uri: str, scheme: str) -> None:
     """Connect once before MLflow sees the address.
 
     MLflow would retry for 100 s, and keeps every other store of this process from being opened for as long.
@@ -213,12 +231,12 @@ def _database_client(uri: str) -> MlflowClient:
     from sqlalchemy.exc import SQLAlchemyError
     from sqlalchemy.pool import NullPool
 
+    bound = {"timeout" if scheme == "mssql" else "connect_timeout": _DATABASE_ANSWER_S}
     try:
-        with create_engine(uri, poolclass=NullPool).connect():
+        with create_engine(uri, poolclass=NullPool, connect_args=bound).connect():
             pass
-    except (SQLAlchemyError, OSError, ValueError, TypeError) as error:  # the last two: a driver's option in the URI
+    except (SQLAlchemyError, ImportError, OSError, ValueError, TypeError) as error:  # the last two: a driver's option
         raise unusable_store(uri, error) from error
-    return _answering_client(uri)
 
 
 @contextlib.contextmanager
@@ -226,11 +244,11 @@ def _sqlite_ready(uri: str, path: Path, *, create: bool) -> Iterator[None]:
     """Check the file before MLflow sees it (it would retry for 100 s) and leave no empty one behind on failure."""
     import filelock
 
-    existed = path.exists()
-    if not existed and not create:
+    if not create and not path.exists():
         raise UserError(
             f"tracking_uri: there is no file {path}, which {shown_uri(uri)} names; give the file a search has written"
         )
+    existed = True  # until it is known that nobody else is making it
     try:
         with contextlib.ExitStack() as stack:
             if create:
@@ -260,39 +278,11 @@ def _has_mlflow_tables(path: Path, *, create: bool) -> bool:
         return found.fetchone() is not None
 
 
-def _within(seconds: float, work: Callable[[], _Result]) -> _Result:
-    """The result of `work`, or TimeoutError; the abandoned call ends with the process.
-
-    A hung server is retried inside MLflow for longer than a person waits for a typing error to be named.
-    """
-    outcome: queue.SimpleQueue[tuple[_Result | None, BaseException | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            outcome.put((work(), None))
-        except BaseException as error:  # the caller's thread raises it
-            outcome.put((None, error))
-
-    threading.Thread(target=run, name="mlflow-connect", daemon=True).start()
-    try:
-        result, error = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]  # None only where `work` returned it
-
-
 def _scheme(uri: str) -> str:
     """For example `postgresql` of `postgresql+psycopg://...`; empty where the text is no address."""
-    try:
-        return urlsplit(uri).scheme.split("+")[0] if "://" in uri else ""
-    except ValueError:
-        return ""
+    return uri.partition("://")[0].split("+")[0] if "://" in uri else ""
 
 
 def _password(uri: str) -> str | None:
-    try:
-        return urlsplit(uri).password
-    except ValueError:
-        return None
+    found = re.search(r"://[^/@:]*:([^/]+)@", uri)
+    return found[1] if found else None
