@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+
+from refilled.metrics import EpochMetrics
+
+if TYPE_CHECKING:
+    from tune.forecast.forecast import Forecast
 
 LINE_EVERY_S = 10.0
 
 
 @dataclass
 class CellProgress:
-    """What is shown of one cell."""
+    """What is shown of one cell; `epochs` are those of this command's trials, which took `epochs_s` in all."""
 
     num_trials: int
     num_epochs: int
@@ -25,6 +32,9 @@ class CellProgress:
     failed: int = 0
     running: int = 0
     best: float | None = None
+    ended_before: int = 0
+    epochs: int = 0
+    epochs_s: float = 0.0
 
     @property
     def ended(self) -> int:
@@ -35,14 +45,22 @@ class CellProgress:
 class Progress:
     """A live table on a terminal; a line every ten seconds elsewhere, as in a job's log."""
 
-    def __init__(self, console: Console, began_s: float | None = None) -> None:
-        """`began_s`, of `time.monotonic`, is when the command began; none: now."""
+    def __init__(self, console: Console, began_s: float | None = None, forecast: Forecast | None = None) -> None:
+        """Show nothing yet.
+
+        Args:
+            console: Where to.
+            began_s: When the command began, of `time.monotonic`; none: now.
+            forecast: What was thought to come; the pace of the first trials corrects it.
+        """
         self._console = console
+        self._forecast = forecast
+        self.corrected: Forecast | None = None
         self._cells: dict[str, CellProgress] = {}
         self._phase = "starting"
         self._jobs: tuple[int, int] | None = None
-        self._epochs_done = 0
-        self._epochs_at_start = 0.0
+        self._first_epoch_s: float | None = None
+        self._expected_s = 0.0
         self._last_line_s = time.monotonic()
         self._started_s = self._phase_started_s = self._last_line_s if began_s is None else began_s
         self._seconds: dict[str, float] = {}
@@ -74,9 +92,10 @@ class Progress:
     def start_trials(self, cells: Iterable[tuple[str, CellProgress]]) -> None:
         """Begin the search with each cell as its study has it."""
         self._cells = dict(cells)
+        for each in self._cells.values():
+            each.ended_before = each.ended
         self._begin("searching")
         self._jobs = None
-        self._epochs_done = 0
         self._say(force=True)
 
     def trial_started(self, cell: str, num_trials: int) -> None:
@@ -84,9 +103,15 @@ class Progress:
         self._cells[cell].running += 1
         self._cells[cell].num_trials = num_trials
 
-    def epoch_ended(self, cell: str) -> None:
+    def epoch_ended(self, cell: str, row: EpochMetrics) -> None:
         """A trial of the cell reported a row."""
-        self._epochs_done += 1
+        each = self._cells[cell]
+        each.epochs += 1
+        each.epochs_s += row.epoch_s
+        if self._forecast is not None:
+            self._expected_s += self._forecast.epoch_s[cell][row.stage]
+        if self._first_epoch_s is None:
+            self._first_epoch_s = time.monotonic() - row.epoch_s
         self._say()
 
     def trial_ended(self, cell: str, outcome: str, best: float | None) -> None:
@@ -95,6 +120,7 @@ class Progress:
         each.running = max(0, each.running - 1)
         setattr(each, outcome, getattr(each, outcome) + 1)
         each.best = best
+        self._correct()
         self._say()
 
     def phase_seconds(self) -> dict[str, float]:
@@ -112,18 +138,44 @@ class Progress:
         self._console.print(text, highlight=False, markup=False)
 
     def time_left_s(self) -> float | None:
-        """Seconds until the phase ends at the rate so far, its share of pruned epochs included."""
-        elapsed_s = time.monotonic() - self._phase_started_s
+        """Seconds until the phase ends: of jobs at the rate so far, of trials at the pace of their epochs so far."""
+        now_s = time.monotonic()
         if self._jobs is not None:
             done, count = self._jobs
-            return elapsed_s * (count - done) / done if done else None
-        if not self._epochs_done:
+            return (now_s - self._phase_started_s) * (count - done) / done if done else None
+        done_s = sum(each.epochs_s for each in self._cells.values())
+        if self._first_epoch_s is None or not done_s:
             return None
-        ended = sum(each.ended for each in self._cells.values())
-        epochs_a_trial = self._epochs_done / max(1, ended)
-        most = max((each.num_epochs for each in self._cells.values()), default=1)
-        left = sum(max(0, each.num_trials - each.ended) for each in self._cells.values())
-        return elapsed_s / self._epochs_done * left * min(epochs_a_trial, most)
+        left_s = sum(self._epochs_left(each) * self._epoch_s(name) for name, each in self._cells.items())
+        return left_s * (now_s - self._first_epoch_s) / done_s
+
+    def _pace(self) -> float | None:
+        """Seconds that trials' epochs took, over those forecast; none before the first, or without a forecast."""
+        return sum(each.epochs_s for each in self._cells.values()) / self._expected_s if self._expected_s else None
+
+    def _epochs_left(self, cell: CellProgress) -> float:
+        kept = 1.0 if self._forecast is None else self._forecast.kept
+        forecast = (cell.num_trials - cell.ended_before) * cell.num_epochs * kept - cell.epochs
+        return max(0.0, min(forecast, (cell.num_trials - cell.ended) * cell.num_epochs))
+
+    def _epoch_s(self, name: str) -> float:
+        """Mean of a cell's epochs: those seen, else those forecast at the pace seen, else those of all cells."""
+        cell, pace = self._cells[name], self._pace()
+        if cell.epochs:
+            return cell.epochs_s / cell.epochs
+        if self._forecast is not None and pace is not None:
+            return pace * statistics.mean(self._forecast.epoch_s[name].values())
+        cells = self._cells.values()
+        return sum(each.epochs_s for each in cells) / sum(each.epochs for each in cells)
+
+    def _correct(self) -> None:
+        """Correct the forecast once, when as many trials have ended as run side by side."""
+        ended, pace = sum(each.ended - each.ended_before for each in self._cells.values()), self._pace()
+        if self._forecast is None or self.corrected is not None or pace is None or ended < self._forecast.slots:
+            return
+        self.corrected = self._forecast.at_pace(pace)
+        hours = _duration(3600 * self.corrected.total_hours)
+        self.note(f"After the first {ended} trials the forecast is {hours} in all.")
 
     def table(self) -> Table:
         """The present state."""

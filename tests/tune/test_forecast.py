@@ -3,42 +3,46 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from outcomes import row_of
 from rich.console import Console
 
-from refilled.config import BankConfig
+from refilled.config import EmbeddingCacheConfig
 from refilled.presets import smoke
-from refilled.storage.run_folder import RunFolder
-from refilled.teacher import teacher_folder
-from refilled.timing import StepTimes
+from refilled.stages import stages_of
+from refilled.teacher import pretraining_run, teacher_folder
+from refilled.timing import Part, epoch_part, image_part, step_part
 from tune.backend.cluster import Resources
-from tune.forecast.forecast import END_S, START_S, TUNE_START_S, Actual, compare, forecast, say_hours, trials_left
-from tune.forecast.measure import Timings, kind_of
-from tune.forecast.workload import JOB_S, TEST_SHARE, TRIAL_S, Workload
+from tune.forecast.forecast import (
+    END_S,
+    ROW_S,
+    START_S,
+    TRIAL_S,
+    TUNE_START_S,
+    Comparison,
+    _Done,
+    _pack,
+    forecast,
+    format_hours,
+    share_kept,
+    trials_left,
+)
+from tune.forecast.measure import Timings
+from tune.forecast.workload import TEST_SHARE, Work, Workload
 from tune.plan import Plan, make_plan
+from tune.studies.pruning import make_pruner
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-# Every step a power of two milliseconds, so that sums tell what they are made of.
-TIMES = StepTimes(
-    embedding_bank_s=0.001,
-    embedding_live_s=0.002,
-    classifier_bank_s=0.004,
-    classifier_live_s=0.008,
-    pretraining_s=0.016,
-    accuracy_s=1e-5,
-    nearest_mean_s=2e-5,
-    teacher_s=4e-5,
-    epoch_s=0.032,
-    run_s=0.064,
-    alone=0.5,
-    peak_bytes=0,
-    total_bytes=0,
-)
+# By kind and network, so that sums tell what they are made of: seconds of a step, of an image, and of an epoch's end.
+STEP_S = {("convnet-8", "embedding"): 0.001, ("convnet-8", "classifier"): 0.004, ("convnet-32", "classifier"): 0.016}
+IMAGE_S = {"convnet-8": 1e-5, "convnet-16": 2e-5, "convnet-32": 4e-5}
+EPOCH_S = 0.032
 
 
 def resources(slots: int = 1, **changes: Any) -> Resources:
@@ -52,48 +56,86 @@ def planned(storage: Path, **changes: Any) -> Plan:
     return make_plan(dataclasses.replace(smoke(), run=run, **settings))
 
 
-def timings(plan: Plan, worker_start_s: float = 0.0) -> Timings:
-    return Timings({kind_of(cell): TIMES for cell in plan.cells}, worker_start_s, took_s=0.0)
+def seconds_of(part: Part) -> float:
+    if part.kind == "step":
+        return STEP_S.get((part.run.student, str(part.stage)), 0.008)
+    return IMAGE_S.get(part.run.student, 1e-5) if part.kind == "image" else EPOCH_S
+
+
+def timings(plan: Plan, worker_start_s: float = 0.0, num_workers: int = 1) -> Timings:
+    parts = Workload(plan, num_workers).calls()
+    return Timings({part: seconds_of(part) for part in parts}, (), worker_start_s, took_s=0.0)
 
 
 def test_a_trial_is_the_sum_of_its_parts(tmp_path: Path) -> None:
     plan = planned(tmp_path)
-    workload = Workload(plan, resources(), timings(plan))
+    workload = Workload(plan, 1)
     student, refilled = plan.cells
-    train, validation, means_of = workload._images(refilled)
+    train, validation, means_of = workload._images(refilled.run)
     assert (train + validation, means_of) == (676, 5 * 50)
     steps = -(-train // 64)
+    embedding, classifier = (step_part(refilled.run, stage) for stage in stages_of(refilled.run))
+    forward = image_part(refilled.run)
+    an_epoch = workload.an_epoch(refilled)
+    assert an_epoch["embedding"] == pytest.approx({embedding: steps, forward: validation + means_of})
+    assert an_epoch["classifier"] == pytest.approx({classifier: steps, forward: validation})
     method = workload.trial(refilled)
-    beside_s = TIMES.epoch_s + 0.012
-    ncm_s = (validation + means_of) * TIMES.nearest_mean_s + beside_s
-    own_s = validation * TIMES.accuracy_s + beside_s
-    (embedding, classifier) = method.stages
-    assert embedding == pytest.approx((2, steps * 0.001 + ncm_s, steps * 0.002 + ncm_s))
-    assert classifier == pytest.approx((4, steps * 0.004 + own_s, steps * 0.008 + own_s))
-    assert method.fixed_s == pytest.approx(TIMES.run_s + TRIAL_S)
-    assert method.prototypes_s == pytest.approx(train * TIMES.teacher_s)
-    assert method.bank_s == pytest.approx(9 * train * TIMES.teacher_s)  # 4 trials of 6 epochs ask more than 9 views
-    vanilla = workload.trial(student)
-    assert vanilla.shares is None
-    assert [epochs for epochs, _, _ in vanilla.stages] == [6]
+    assert method.num_epochs == 6
+    assert method.calls == pytest.approx(
+        {
+            embedding: 2 * steps,
+            classifier: 4 * steps,
+            forward: 6 * validation + 2 * means_of,
+            epoch_part(refilled.run): 6,
+        }
+    )
+    (shared,) = workload.shared(False)  # prototypes and a cache: 4 trials of 6 epochs ask more than 9 views
+    assert shared.calls == {image_part(pretraining_run(refilled.run)): 10 * train}
+    assert workload.trial(student).num_epochs == 6
+    assert all(part.run.student == "convnet-8" for part in workload.trial(student).calls)
 
 
-def test_a_method_that_needs_feature_maps_runs_the_teacher_in_every_step(tmp_path: Path) -> None:
+def test_without_a_cache_the_teacher_runs_in_every_step_that_asks_it(tmp_path: Path) -> None:
+    plan = planned(tmp_path, trials=1)  # 6 epochs ask the teacher less often than 9 views
+    workload, cell = Workload(plan, 1), plan.cells[1]
+    teacher, train = image_part(pretraining_run(cell.run)), workload._images(cell.run)[0]
+    assert workload.trial(cell).calls[teacher] == 6 * train
+    assert [work.calls for work in workload.shared(False)] == [{teacher: train}]
+
+
+def test_a_method_that_needs_feature_maps_is_timed_with_the_teacher_live(tmp_path: Path) -> None:
     plan = planned(tmp_path, methods=("student", "at"), trials=100)
-    workload = Workload(plan, resources(), timings(plan))
-    work = workload.trial(plan.cells[1])
-    train, validation, _ = workload._images(plan.cells[1])
-    epoch_s = -(-train // 64) * 0.008 + validation * TIMES.accuracy_s + TIMES.epoch_s + 0.012
-    assert work.stages == (pytest.approx((6, epoch_s, epoch_s)),)
-    assert work.bank_s is None
+    workload, cell = Workload(plan, 1), plan.cells[1]
+    (stage,) = stages_of(cell.run)
+    assert set(workload.trial(cell).calls) == {step_part(cell.run, stage), image_part(cell.run), epoch_part(cell.run)}
+    train = workload._images(cell.run)[0]
+    assert [work.calls for work in workload.shared(False)] == [{image_part(pretraining_run(cell.run)): train}]
+
+
+def test_methods_that_share_a_stage_share_its_part(tmp_path: Path) -> None:
+    plan = planned(tmp_path, methods=("student", "refilled", "refilled_minus", "rkd", "crd"))
+    steps = [part for part in Workload(plan, 1).calls() if part.kind == "step"]
+    # The teacher's; comparison and rkd; cross_entropy alone and with lkd, weighted_lkd and crd.
+    assert len(steps) == len({part.name for part in steps}) == 1 + 2 + 4
+
+
+def test_a_worker_of_several_does_its_share(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    cell = plan.cells[1]
+    train, validation, _ = Workload(plan, 1)._images(cell.run)
+    calls = Workload(plan, 4).an_epoch(cell)["classifier"]
+    steps = {part: count for part, count in calls.items() if part.kind == "step"}
+    assert [(part.run.global_batch_size, count) for part, count in steps.items()] == [(16, -(-train // 64))]
+    assert [count for part, count in calls.items() if part.kind == "image"] == [validation / 4]
+    (shared,) = Workload(plan, 4).shared(False)
+    assert list(shared.calls.values()) == [10 * train / 4]
 
 
 def test_networks_of_the_users_are_forecast(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN_NETWORK)
     name = f"{tmp_path}/own.py:small"
     plan = planned(tmp_path, teachers=(name,), students=(name,))
-    work = Workload(plan, resources(), timings(plan)).trial(plan.cells[1])
-    assert work.bank_s is not None
+    assert forecast(plan, resources(), timings(plan)).total_hours > 0
 
 
 OWN_NETWORK = """
@@ -105,96 +147,138 @@ def small(num_classes, in_channels, image_size, dropout):
 """
 
 
-def test_a_bank_is_built_where_the_search_would_build_it(tmp_path: Path) -> None:
-    def bank_s(trials: int, **bank: Any) -> float | None:
-        plan = planned(tmp_path, trials=trials, run={"bank": BankConfig(**bank)})
-        return Workload(plan, resources(), timings(plan)).trial(plan.cells[-1]).bank_s
+def test_a_cache_is_built_where_the_search_would_build_it(tmp_path: Path) -> None:
+    def is_built(trials: int, **cache: Any) -> bool:
+        plan = planned(tmp_path, trials=trials, run={"embedding_cache": EmbeddingCacheConfig(**cache)})
+        workload = Workload(plan, 1)
+        (shared,) = workload.shared(False)
+        return list(shared.calls.values()) == [10 * workload._images(plan.cells[1].run)[0]]
 
-    assert bank_s(1) is None  # 6 epochs ask the teacher less often than 9 views
-    assert bank_s(2) is not None
-    assert bank_s(1, mode="bank") is not None
-    assert bank_s(9, mode="live") is None
-    assert bank_s(9, max_gib=1e-6) is None
+    assert not is_built(1)  # 6 epochs ask the teacher less often than 9 views
+    assert is_built(2)
+    assert is_built(1, mode="cached")
+    assert not is_built(9, mode="live")
+    assert not is_built(9, max_gib=1e-6)
 
 
 def test_teachers_that_are_there_and_epochs_that_are_done_do_not_count(tmp_path: Path) -> None:
     plan = planned(tmp_path, overlaps=(0.0, 1.0), teachers=("convnet-8", "convnet-16"))
-    workload = Workload(plan, resources(), timings(plan))
-    assert [work.num_epochs for work in workload.teachers(on_all=False)] == [5, 5]  # one for both overlaps
+    workload = Workload(plan, 1)
+    assert [work.num_epochs for work in workload.teachers(False)] == [5, 5]  # one for both overlaps
     folder = teacher_folder(plan.cells[1].run, plan.storage)  # of the first one
     folder.path.mkdir(parents=True)
     for epoch in (1, 2):
-        RunFolder(folder.path).append_row({"epoch": epoch})
-    assert [work.num_epochs for work in workload.teachers(on_all=False)] == [3, 5]
+        folder.append_row(row_of(epoch))
+    assert [work.num_epochs for work in workload.teachers(False)] == [3, 5]
     for epoch in (3, 4, 5):
-        RunFolder(folder.path).append_row({"epoch": epoch})
-    RunFolder(folder.path).finish({"epoch": 5}, {})
-    assert [work.num_epochs for work in workload.teachers(on_all=False)] == [5]
-    assert [work.num_epochs for work in workload.teachers(on_all=True)] == [5, 5]
+        folder.append_row(row_of(epoch))
+    folder.finish(row_of(5), {})
+    assert [work.num_epochs for work in workload.teachers(False)] == [5]
+    assert [work.num_epochs for work in workload.teachers(True)] == [5, 5]
 
 
 def test_refits_are_of_winner_vanilla_and_short_vanilla_and_shared_by_teachers(tmp_path: Path) -> None:
     plan = planned(tmp_path, teachers=("convnet-8", "convnet-16"))
-    works = Workload(plan, resources(), timings(plan)).refits()
+    works = Workload(plan, 1).refits()
     assert sorted(work.num_epochs for work in works) == [4, 4, 6, 6, 6, 6, 6, 6]  # 2 seeds; 4 of the two methods
-    steps = -(-676 // 64)
-    short = next(work for work in works if work.num_epochs == 4)
-    epoch_s = steps * 0.008 + 0.032  # no validation; without a teacher a step is timed as it is, bank or not
-    assert short.stages == (pytest.approx((4, epoch_s, epoch_s)),)
-    assert short.fixed_s == pytest.approx(TIMES.run_s + JOB_S + TEST_SHARE * 676 * TIMES.accuracy_s)
+    short, run = next(work for work in works if work.num_epochs == 4), plan.cells[0].run
+    (stage,) = stages_of(run)
+    assert short.calls == pytest.approx(  # no validation, but a test
+        {step_part(run, stage): 4 * -(-676 // 64), image_part(run): TEST_SHARE * 676, epoch_part(run): 4}
+    )
     alone = planned(tmp_path, methods=("student",))
-    assert [work.num_epochs for work in Workload(alone, resources(), timings(alone)).refits()] == [6, 6]
+    assert [work.num_epochs for work in Workload(alone, 1).refits()] == [6, 6]
     beside = planned(tmp_path, methods=("student", "kd"))  # whose one stage is no shorter
-    assert [work.num_epochs for work in Workload(beside, resources(), timings(beside)).refits()] == [6, 6, 6, 6]
+    assert [work.num_epochs for work in Workload(beside, 1).refits()] == [6, 6, 6, 6]
+
+
+def test_what_is_done_is_not_forecast(tmp_path: Path) -> None:
+    plan = planned(tmp_path, teachers=("convnet-8", "convnet-16"))
+    student, first, second = (cell.name for cell in plan.cells)
+    workload = Workload(plan, 1, {student, second})
+    assert [work.num_epochs for work in workload.refits()] == [6, 6]
+    assert [work.num_epochs for work in workload.teachers(True)] == [5]
+    assert len(workload.shared(True)) == 1
+    trials = dict.fromkeys((student, first, second), plan.search.trials)
+    found = forecast(plan, resources(), timings(plan, worker_start_s=3.0), done_trials=trials, done=set(trials))
+    assert found.epochs == {"teachers": 0, "trials": 0, "teachers on all images": 0, "refits": 0}
+    assert {phase: round(3600 * hours, 6) for phase, hours in found.hours.items() if hours} == {
+        "start": START_S,
+        "refits": END_S,
+    }
 
 
 def test_phases_add_up_to_the_hours_and_the_cost(tmp_path: Path) -> None:
     plan = planned(tmp_path, price_per_hour=7.2)
-    found = forecast(plan, resources(), timings(plan, worker_start_s=3.0))
+    timed = timings(plan, worker_start_s=3.0)
+    found = forecast(plan, resources(), timed)
     assert found.epochs == {"teachers": 5, "trials": 48, "teachers on all images": 5, "refits": 32}
-    workload = Workload(plan, resources(), timings(plan))
-    (teacher,) = workload.teachers(on_all=False)
-    assert 3600 * found.hours["teachers"] == pytest.approx(3.0 + teacher.fixed_s + teacher.epochs_s(5, looked_up=False))
-    vanilla, method = (workload.trial(cell) for cell in plan.cells)
-    trials_s = 4 * (method.fixed_s + method.epochs_s(6, looked_up=True))
-    trials_s += 4 * (vanilla.fixed_s + vanilla.epochs_s(6, looked_up=True))
-    assert method.bank_s is not None
-    trials_s += method.prototypes_s + method.bank_s
+    workload = Workload(plan, 1)
+
+    def seconds(works: list[Work]) -> float:
+        return sum(timed.seconds_of(work.calls) for work in works)
+
+    teachers_s = seconds([*workload.teachers(False), *workload.shared(False)])
+    assert 3600 * found.hours["teachers"] == pytest.approx(3.0 + teachers_s)
+    trials = [workload.trial(cell) for cell in plan.cells] * 4
+    trials_s = seconds(trials) + 8 * TRIAL_S + 48 * ROW_S
     assert 3600 * found.hours["trials"] == pytest.approx(TUNE_START_S + 3.0 + trials_s)
-    refits_s = 3600 * found.hours["refits"] - END_S
-    assert refits_s == pytest.approx(
-        sum(work.fixed_s + work.epochs_s(work.num_epochs, looked_up=True) for work in workload.refits())
-        + workload.refits()[-1].prototypes_s
-        + (workload.refits()[-1].bank_s or 0.0)
-    )
+    again_s = seconds([*workload.teachers(True), *workload.shared(True)])
+    assert 3600 * found.hours["teachers on all images"] == pytest.approx(3.0 + again_s)
+    assert 3600 * found.hours["refits"] == pytest.approx(END_S + seconds(workload.refits()))
     assert 3600 * found.hours["start"] == START_S
     assert found.total_hours == pytest.approx(sum(found.hours.values()))
     assert found.cost == pytest.approx(7.2 * found.total_hours)
     assert forecast(planned(tmp_path), resources(), timings(plan)).cost is None
     assert 3600 * forecast(plan, resources(), timings(plan), elapsed_s=40.0).hours["start"] == pytest.approx(40.0)
+    (stage_s,) = found.epoch_s[plan.cells[0].name].values()
+    train, validation, _ = workload._images(plan.cells[0].run)
+    assert stage_s == pytest.approx(-(-train // 64) * 0.004 + validation * 1e-5)
 
 
 def test_more_slots_take_less_time_and_no_fewer_epochs(tmp_path: Path) -> None:
-    plan = planned(tmp_path, run={"bank": BankConfig(mode="live")})
+    plan = planned(tmp_path, run={"embedding_cache": EmbeddingCacheConfig(mode="live")})
     one, four = (forecast(plan, resources(slots), timings(plan)) for slots in (1, 4))
     assert one.epochs == four.epochs
     started = TUNE_START_S / 3600
     assert four.hours["trials"] - started < 0.5 * (one.hours["trials"] - started)
-    (with_all,) = Workload(plan, resources(1), timings(plan)).teachers(on_all=False)
-    (by_itself,) = Workload(plan, resources(4), timings(plan)).teachers(on_all=False)
-    assert by_itself.stages[0][1] == pytest.approx(0.5 * with_all.stages[0][1])  # nobody is beside it
-    assert by_itself.fixed_s == with_all.fixed_s
-    two = planned(tmp_path, teachers=("convnet-8", "convnet-16"))
-    with_another = Workload(two, resources(3), timings(two)).teachers(on_all=False)[0]
-    assert with_another.stages[0][1] == pytest.approx(0.75 * with_all.stages[0][1])
+    assert four.hours["teachers"] == one.hours["teachers"]  # there is but one
     growing = forecast(plan, resources(4, slots_now=0), timings(plan))
     assert growing.hours == one.hours
     assert any("may grow to 4" in sentence for sentence in growing.assumptions)
 
 
+def test_work_goes_to_the_slot_that_is_free_first() -> None:
+    works = [(4.0, 1.0), (1.0, 1.0), (1.0, 1.0), (5.0, 1.0)]
+    assert _pack(works, 2, 0.0) == _Done(wall_s=7.0, busy_s=11.0, epochs=4)  # by division 5.5
+    assert _pack(works, 9, 2.0).wall_s == 7.0
+    assert _pack([], 2, 0.0) == _Done()
+
+
+def test_the_share_that_halving_leaves_is_about_that_of_its_pruner() -> None:
+    draw, trials, epochs = random.Random(0), 16, 24
+    pruner = make_pruner("halving", epochs)
+    trained = 0
+    for _ in range(40):
+        study = optuna.create_study(direction="maximize", pruner=pruner)
+        for _ in range(trials):
+            trial, value = study.ask(), draw.random()
+            trained += next((each for each in range(1, epochs) if _stops(trial, value, each)), epochs)
+    assert share_kept("halving", epochs, trials) == pytest.approx(trained / (40 * trials * epochs), abs=0.02)
+    # Of 8 trials 1/4, 1/5, 1/6, 1/7 and 1/4 stop after 18 epochs, and of the 7 that are left the first four after 20.
+    first, second = 1 / 4 + 1 / 5 + 1 / 6 + 1 / 7 + 1 / 4, 1 / 4 + 1 / 5 + 1 / 6 + 1 / 7
+    assert share_kept("halving", epochs, 8) == pytest.approx(1 - (6 * first + 4 * second) / (8 * epochs))
+    assert share_kept("halving", epochs, 3) == share_kept("none", epochs, 16) == 1.0
+
+
+def _stops(trial: optuna.Trial, value: float, epoch: int) -> bool:
+    trial.report(value, epoch)
+    return trial.should_prune()
+
+
 def test_gpu_hours_are_those_of_busy_slots(tmp_path: Path) -> None:
     plan = planned(tmp_path)
-    found = forecast(plan, resources(4, num_workers=2, gpus_per_worker=0.5), timings(plan))
+    found = forecast(plan, resources(4, num_workers=2, gpus_per_worker=0.5), timings(plan, num_workers=2))
     assert found.gpu_hours == pytest.approx(found.busy_hours)
     assert forecast(plan, resources(4), timings(plan)).gpu_hours == 0
 
@@ -234,17 +318,21 @@ def test_a_comparison_says_both_and_how_far_apart(tmp_path: Path) -> None:
     assert "trials" in printed(found.table())
     assert "1 trials side by side" in printed(found.table())
     hours = {phase: 2 * value for phase, value in found.hours.items() if phase != "start"}
-    compared = compare(found, Actual(epochs={"trials": 45}, hours=hours))
+    compared = Comparison(found, found.at_pace(3.0), {"trials": 45}, hours)
     assert compared.hours_ratio == pytest.approx(0.5)  # of the phases that were counted
     assert "-50 %" in printed(compared.table())
     assert " 48 " in printed(compared.table())
     assert " 45 " in printed(compared.table())
-    assert json.loads(json.dumps(compared.to_json()))["forecast"]["total_hours"] == found.total_hours
-    assert compare(found, Actual(epochs={}, hours={})).hours_ratio is None
+    record = json.loads(json.dumps(compared.to_json()))
+    assert record["forecast"]["total_hours"] == found.total_hours
+    assert record["actual"]["epochs"] == {"trials": 45}
+    assert record["corrected"]["hours"]["refits"] == pytest.approx(3 * found.hours["refits"])
+    assert record["corrected"]["hours"]["teachers"] == found.hours["teachers"]
+    assert Comparison(found, None, {}, {}).hours_ratio is None
 
 
 def test_times_are_said_in_words() -> None:
-    assert [say_hours(seconds / 3600) for seconds in (0, 40, 119, 121, 7100, 7300)] == [
+    assert [format_hours(seconds / 3600) for seconds in (0, 40, 119, 121, 7100, 7300)] == [
         "0 s",
         "40 s",
         "119 s",

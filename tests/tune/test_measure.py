@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from refilled.errors import UserError
 from refilled.presets import smoke
-from refilled.storage.store import write_json
-from refilled.timing import StepTimes, measure
-from refilled.training.compute import Compute
+from refilled.stages import stages_of
+from refilled.timing import Timed, image_part, step_part
 from tune.backend.cluster import Resources
-from tune.forecast.measure import _path, _records, _rounds, _share, kind_of, measure_all
+from tune.forecast import measure as measuring
+from tune.forecast.measure import TIMINGS, Timings, _keep, _key, _with_estimates, measure
+from tune.forecast.workload import Workload
 from tune.plan import Plan, make_plan
+
+RESOURCES = Resources(num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, slots=2, slots_now=2)
 
 
 def planned(storage: Path, **run: Any) -> Plan:
@@ -22,32 +24,79 @@ def planned(storage: Path, **run: Any) -> Plan:
     return make_plan(dataclasses.replace(search, run=dataclasses.replace(search.run, **run)))
 
 
-def test_rounds_are_full() -> None:
-    assert list(_rounds(["a", "b", "c"], 2)) == [["a", "b"], ["c", "c"]]
-    assert list(_rounds(["a", "b"], 5)) == [["a", "b", "a", "b", "a"]]
-    assert list(_rounds([], 2)) == []
+def manifests(storage: Path) -> list[Path]:
+    """One of each timing that is kept."""
+    return sorted((storage / "cache" / TIMINGS.name).glob("*/manifest.json"))
 
 
-def test_a_worker_of_several_measures_its_share_of_the_batches() -> None:
+def measured(plan: Plan, resources: Resources = RESOURCES, said: list[str] | None = None) -> Timings:
+    return measure(plan, Workload(plan, 1).calls(), resources, [].append if said is None else said.append)
+
+
+def test_parts_that_are_not_timed_go_at_the_pace_of_their_network() -> None:
     run = smoke().run
-    assert _share(run, 1) == run
-    share = _share(run, 4)
-    assert (share.global_batch_size, share.pretraining.global_batch_size) == (16, 16)
+    wide = dataclasses.replace(run, student="convnet-16")
+    (mine,), (other,) = (stages_of(dataclasses.replace(each, method="student")) for each in (run, wide))
+    step, image, others = step_part(run, mine), image_part(run), step_part(wide, other)
+    work = {step: 6.0, image: 2.0, others: 24.0, image_part(wide): 8.0}
+    found = _with_estimates(work, {step: Timed(3.0), image_part(wide): Timed(8.0)})
+    assert found == {step: 3.0, image: 1.0, others: 24.0, image_part(wide): 8.0}
+    (embedding, _) = stages_of(dataclasses.replace(run, method="rkd"))
+    both = _with_estimates(work | {step_part(run, embedding): 12.0}, {step: Timed(3.0), image: Timed(8.0)})
+    assert both[step_part(run, embedding)] == 6.0  # as the other step, not as the evaluation
+    assert _with_estimates(work, {}) == {}
+    assert _with_estimates(work, {image: Timed(1.0)})[others] == 12.0  # of another network, where there is no better
 
 
-def test_of_a_round_the_median_is_kept_and_the_most_memory_and_what_was_seen_alone() -> None:
-    def answer(seconds: float, alone: float, peak_bytes: int, start_s: float) -> dict[str, Any]:
-        times = {"classifier_bank_s": seconds, "alone": alone, "peak_bytes": peak_bytes, "total_bytes": 100}
-        return {"times": times, "worker_start_s": start_s}
+@pytest.mark.ray
+def test_every_part_is_timed_once_and_kept(local_ray: None, tmp_path: Path) -> None:
+    plan, said = planned(tmp_path), list[str]()
+    first = measured(plan, said=said)
+    calls = Workload(plan, 1).calls()
+    assert set(first.seconds) == set(calls)
+    assert len(calls) == 8  # of two overlaps and two methods: 4 kinds of steps, and image and epoch of two networks
+    timed = [part.name for part in calls if part.name not in first.estimated]
+    assert len([line for line in said if line.startswith("Timing convnet-")]) == len(timed) >= 3
+    assert all(seconds > 0 for seconds in first.seconds.values())
+    assert first.worker_start_s > 0
+    assert first.took_s > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert len(manifests(tmp_path)) == len(timed)
 
-    answers = [answer(1, 0.5, 7, 3.0), answer(5, 1, 9, 2.0), answer(2, 1, 8, 4.0), answer(9, 1, 2, 1.0)]
-    records = _records(["a", "b", "a", "a"], answers)
-    assert records["a"]["times"] == {"classifier_bank_s": 2, "alone": 0.5, "peak_bytes": 8, "total_bytes": 100}
-    assert records["b"]["times"] == {"classifier_bank_s": 5, "alone": 0.5, "peak_bytes": 9, "total_bytes": 100}
-    assert [record["worker_start_s"] for record in records.values()] == [4.0, 4.0]
+
+@pytest.mark.ray
+def test_what_is_known_is_not_timed_again(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "FLOOR_S", 60.0)  # enough for all
+    said = list[str]()
+    first = measured(planned(tmp_path))
+    assert first.estimated == ()
+    again = measured(planned(tmp_path, epochs=(3, 3), seed=5), said=said)  # which change no step
+    assert again == dataclasses.replace(first, took_s=0.0)
+    assert said == []
+    other = measured(planned(tmp_path, global_batch_size=32))
+    assert other.took_s > 0
+    manifests(tmp_path)[0].write_text("{")
+    assert measured(planned(tmp_path)).took_s + measured(planned(tmp_path, global_batch_size=32)).took_s > 0
 
 
-def test_networks_of_the_users_are_measured(tmp_path: Path) -> None:
+@pytest.mark.ray
+def test_timing_stops_where_its_share_is_spent(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "FLOOR_S", 0.0)
+    monkeypatch.setattr(measuring, "SHARE", 0.0)
+    plan, said = planned(tmp_path), list[str]()
+    found = measured(plan, said=said)
+    calls = Workload(plan, 1).calls()
+    # Checkpoints, and the steps that the search spends most on; these are what nothing else tells.
+    assert len(found.estimated) == 8 - 3
+    assert sum("checkpoint" in line for line in said) == 2
+    assert set(found.seconds) == set(calls)
+    assert all(seconds > 0 for seconds in found.seconds.values())
+
+
+@pytest.mark.ray
+def test_networks_of_the_users_are_timed(local_ray: None, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "from refilled.models import build_model\n"
         "def small(dropout, **shape):\n"
@@ -55,45 +104,23 @@ def test_networks_of_the_users_are_measured(tmp_path: Path) -> None:
     )
     name = f"{tmp_path}/own.py:small"
     search = dataclasses.replace(smoke(), overlaps=(1.0,), teachers=(name,), students=(name,), storage=str(tmp_path))
-    cell = make_plan(search).cells[1]
-    times = measure(cell.run, tmp_path, Compute(torch.device("cpu"), "float32"), budget_s=0.1)
-    assert times.embedding_live_s > 0
-
-
-@pytest.mark.ray
-def test_every_kind_is_measured_once_and_kept(local_ray: None, tmp_path: Path) -> None:
-    resources = Resources(num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, slots=2, slots_now=2)
-    plan = planned(tmp_path)
-    first = measure_all(plan, resources)
-    assert set(first.kinds) == {kind_of(cell) for cell in plan.cells}
-    assert len(first.kinds) == 2  # of two overlaps
-    assert first.kinds["convnet-32>convnet-8 refilled"].embedding_live_s > 0
-    assert first.kinds["none>convnet-8 student"].embedding_live_s == 0
-    assert {0 < times.alone <= 1 for times in first.kinds.values()} == {True}
-    assert len({times.alone for times in first.kinds.values()}) == 1  # of the round, not of the kind
-    assert first.worker_start_s > 0
-    assert first.took_s > 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "timings"]
-    assert len(list((tmp_path / "timings").iterdir())) == 2
-
-    again = measure_all(planned(tmp_path, epochs=(3, 3), seed=5), resources)  # which change no step
-    assert again == dataclasses.replace(first, took_s=0.0)
-    other = measure_all(planned(tmp_path, global_batch_size=32), resources)
-    assert other.took_s > 0
-    assert len(list((tmp_path / "timings").iterdir())) == 4
+    assert all(seconds > 0 for seconds in measured(make_plan(search)).seconds.values())
 
 
 @pytest.mark.ray
 def test_runs_that_do_not_fit_a_gpu_together_are_refused(local_ray: None, tmp_path: Path) -> None:
-    """Nothing is measured: the timings are there already."""
-    resources = Resources(num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.5, slots=2, slots_now=2)
-    plan = planned(tmp_path)
-    times = {field.name: 0.0 for field in dataclasses.fields(StepTimes)} | {"peak_bytes": 5 * 2**30}
-    paths = [_path(plan, cell.run, resources) for cell in plan.cells]
-    paths[0].parent.mkdir()
-    for path in paths:
-        write_json(path, {"times": times | {"total_bytes": 13 * 2**30}, "worker_start_s": 1.0})
-    assert measure_all(plan, resources).worker_start_s == 1.0  # 6 GiB each
-    write_json(paths[-1], {"times": times | {"total_bytes": 11 * 2**30}, "worker_start_s": 1.0})
+    """Nothing is timed: the timings are there already."""
+    resources = dataclasses.replace(RESOURCES, gpus_per_worker=0.5)
+
+    def kept(name: str, *, last_gib: int) -> Plan:
+        plan = planned(tmp_path / name)
+        *parts, last = Workload(plan, 1).calls()
+        for part, gib in [*((each, 13) for each in parts), (last, last_gib)]:
+            timed = Timed(1.0, peak_bytes=5 * 2**30, total_bytes=gib * 2**30)
+            record = {"part": part.name, "timed": dataclasses.asdict(timed), "worker_start_s": 1.0}
+            _keep(plan.storage, _key(part, resources), record)
+        return plan
+
+    assert measured(kept("fitting", last_gib=13), resources).worker_start_s == 1.0  # 6 GiB each
     with pytest.raises(UserError, match=r"0.5 puts 2 workers on one GPU, .* 11.00 GiB, which holds 1"):
-        measure_all(plan, resources)
+        measured(kept("too small", last_gib=11), resources)

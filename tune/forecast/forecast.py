@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from refilled.stages import num_epochs_of
 from tune.backend.cluster import Resources
-from tune.forecast.measure import Timings
-from tune.forecast.simulate import REPEATS, Done, Work, pack, simulate_pruning
-from tune.forecast.workload import Workload
+from tune.forecast.measure import SHARE, Timings
+from tune.forecast.workload import Work, Workload
+from tune.studies.pruning import MIN_TRIALS, REDUCTION, rungs_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
 PhaseName = Literal["start", "teachers", "trials", "teachers on all images", "refits"]
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
 
-# Seen on two cores, of the command itself, without the starting of workers: from its first line to the first job
-# (imports, Ray, stores), from the last teacher to the first trial (Tune), and from the last refit to its end.
+# What the platform itself takes, seen on two quiet cores on 2026-11-23, without the starting of workers: from the
+# command's first line to the first job (imports, Ray, stores), from the last teacher to the first trial (Tune), and
+# from the last refit to the end.
 START_S, TUNE_START_S, END_S = 16.0, 5.0, 2.5
+# Likewise between two trials of a slot, and for a row; and with a new Ray Train group for every run.
+TRIAL_S, ROW_S = 0.15, 0.012
+GROUP_S, GROUP_ROW_S = 12.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Forecast:
         cost: hours times the price of an hour of the cluster; none without a price.
         kept: share of the trials' epochs that pruning and limits leave.
         slots: trials side by side.
+        epoch_s: seconds of a trial's epoch, by the cell's name and the stage's.
+        timing_s: what timing took of the start; 0 where everything was known.
         assumptions: sentences.
     """
 
@@ -49,7 +56,16 @@ class Forecast:
     cost: float | None
     kept: float
     slots: int
+    epoch_s: Mapping[str, Mapping[str, float]]
+    timing_s: float
     assumptions: tuple[str, ...]
+
+    def at_pace(self, ratio: float) -> Forecast:
+        """The forecast where the trials were seen to take `ratio` times as long."""
+        paced = {"trials", "teachers on all images", "refits"}
+        hours = {phase: value * (ratio if phase in paced else 1.0) for phase, value in self.hours.items()}
+        longer = sum(hours.values()) / self.total_hours
+        return dataclasses.replace(self, hours=hours, cost=None if self.cost is None else self.cost * longer)
 
     @property
     def total_hours(self) -> float:
@@ -67,40 +83,42 @@ class Forecast:
 
         cost = "" if self.cost is None else f", cost {self.cost:.2f}"
         gpus = f", {self.gpu_hours:.2f} GPU-hours" if self.gpu_hours else ""
-        table = Table(title=f"Forecast: {say_hours(self.total_hours)} on {self.slots} slots{gpus}{cost}")
+        table = Table(title=f"Forecast: {format_hours(self.total_hours)} on {self.slots} slots{gpus}{cost}")
         for name in ("phase", "epochs", "time"):
             table.add_column(name, justify="left" if name == "phase" else "right")
         for phase in PHASES:
-            table.add_row(phase, f"{self.epochs.get(phase, 0):,}", say_hours(self.hours[phase]))
+            table.add_row(phase, f"{self.epochs.get(phase, 0):,}", format_hours(self.hours[phase]))
         return Group(table, *self.assumptions)
 
 
 @dataclass(frozen=True)
-class Actual:
-    """What a search took: epochs and hours by phase, as far as they were counted."""
-
-    epochs: Mapping[PhaseName, int]
-    hours: Mapping[PhaseName, float]
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """Forecast beside what came."""
+    """A forecast beside what came.
+
+    Attributes:
+        forecast: made at the start.
+        corrected: by the first trials; none where too few ended.
+        epochs: that were trained, by phase, as far as they were counted.
+        hours: that it took, likewise.
+    """
 
     forecast: Forecast
-    actual: Actual
+    corrected: Forecast | None
+    epochs: Mapping[PhaseName, int]
+    hours: Mapping[PhaseName, float]
 
     @property
     def hours_ratio(self) -> float | None:
         """Forecast hours over actual hours of the phases that were counted; none where nothing was."""
-        came = sum(self.actual.hours.values())
-        return sum(self.forecast.hours[phase] for phase in self.actual.hours) / came if came else None
+        came = sum(self.hours.values())
+        return sum(self.forecast.hours[phase] for phase in self.hours) / came if came else None
 
     def to_json(self) -> dict[str, Any]:
-        """Both, and their ratio."""
+        """All of it, and the ratio."""
         return {
             "forecast": self.forecast.to_json(),
-            "actual": dataclasses.asdict(self.actual),
+            "corrected": None if self.corrected is None else self.corrected.to_json(),
+            "actual": {"epochs": self.epochs, "hours": self.hours},
             "hours_ratio": self.hours_ratio,
         }
 
@@ -110,23 +128,19 @@ class Comparison:
 
         ratio = "" if self.hours_ratio is None else f": {100 * self.hours_ratio - 100:+.0f} % in time"
         table = Table(title=f"Forecast against actual{ratio}")
-        for name in ("phase", "epochs forecast", "epochs", "time forecast", "time"):
+        for name in ("phase", "epochs forecast", "epochs", "time forecast", "after first trials", "time"):
             table.add_column(name, justify="left" if name == "phase" else "right")
         for phase in PHASES:
-            came = self.actual.hours.get(phase)
+            came = self.hours.get(phase)
             table.add_row(
                 phase,
                 f"{self.forecast.epochs.get(phase, 0):,}",
-                f"{self.actual.epochs[phase]:,}" if phase in self.actual.epochs else "",
-                say_hours(self.forecast.hours[phase]),
-                "" if came is None else say_hours(came),
+                f"{self.epochs[phase]:,}" if phase in self.epochs else "",
+                format_hours(self.forecast.hours[phase]),
+                "" if self.corrected is None else format_hours(self.corrected.hours[phase]),
+                "" if came is None else format_hours(came),
             )
         return table
-
-
-def compare(forecast: Forecast, actual: Actual) -> Comparison:
-    """A forecast beside what came."""
-    return Comparison(forecast, actual)
 
 
 def forecast(
@@ -135,6 +149,7 @@ def forecast(
     timings: Timings,
     *,
     done_trials: Mapping[str, int] | None = None,
+    done: Collection[str] = (),
     elapsed_s: float | None = None,
 ) -> Forecast:
     """What is left of a search on the cluster's nodes of now.
@@ -142,96 +157,112 @@ def forecast(
     Args:
         plan: of the search.
         resources: of a trial, and how many fit.
-        timings: of every kind of its cells.
+        timings: of all parts of its runs.
         done_trials: trials that cells have already, by the cell's name.
-        elapsed_s: what the command has taken up to here, the measuring included; none: what it usually takes.
+        done: names of cells whose winners are refitted, too.
+        elapsed_s: what the command has taken up to here, the timing included; none: what it usually takes.
     """
-    search, slots, start_s = plan.search, max(1, resources.slots_now), timings.worker_start_s
-    workload = Workload(plan, resources, timings)
-    teachers = workload.teachers(on_all=False)
-    # Workers that have just measured are there for the first jobs.
-    warm = slots if timings.took_s else 0
-    before = _pack_all(teachers, slots, slots - warm, start_s)
-    limit_s = None
-    if search.max_hours is not None:
-        limit_s = max(0.0, 3600 * search.max_hours - before.wall_s - TUNE_START_S)
-    trials, whole = _trials(plan, workload, slots, start_s, limit_s, done_trials or {})
-    again = workload.teachers(on_all=True)
-    between = _pack_all(again, slots, slots, start_s)
-    refits = _pack_all(workload.refits(), slots, slots - min(slots, len(again)), start_s)
-    seconds: dict[PhaseName, float] = {
-        "start": START_S + timings.took_s if elapsed_s is None else elapsed_s,
-        "teachers": before.wall_s,
-        "trials": trials.wall_s + (TUNE_START_S if trials.epochs else 0.0),
-        "teachers on all images": between.wall_s,
-        "refits": refits.wall_s + END_S,
-    }
-    done: dict[PhaseName, Done] = {
+    search, slots = plan.search, max(1, resources.slots_now)
+    workload = Workload(plan, resources.num_workers, done)
+    job_s = GROUP_S if resources.num_workers > 1 else 0.0
+    trial_s, row_s = (GROUP_S, GROUP_ROW_S) if search.trial_backend == "torch_trainer" else (TRIAL_S, ROW_S)
+
+    def jobs(works: Iterable[Work], *, fresh: bool) -> _Done:
+        """Work that nobody stops."""
+        done = [(timings.seconds_of(work.calls) + job_s, work.num_epochs) for work in works]
+        return _pack(done, slots, timings.worker_start_s if fresh and done else 0.0)
+
+    def teachers(on_all: bool, *, fresh: bool) -> _Done:
+        """Teachers, then what they say of all images."""
+        trained = jobs(workload.teachers(on_all), fresh=fresh)
+        asked = jobs(workload.shared(on_all), fresh=fresh and not trained.wall_s)
+        return _Done(*map(sum, zip(dataclasses.astuple(trained), dataclasses.astuple(asked), strict=True)))
+
+    left = trials_left(plan.cells, search.trials, done_trials or {})
+    before = teachers(False, fresh=not timings.took_s) if any(left.values()) else _Done()
+    works = {cell.name: workload.trial(cell) for cell in plan.cells}
+    trials, whole = [], 0
+    for number in range(max(left.values())):
+        for name in (name for name, count in left.items() if number < count):
+            work, kept = works[name], share_kept(search.pruner, works[name].num_epochs, search.trials)
+            seconds = timings.seconds_of(work.calls) + row_s * work.num_epochs
+            trials.append((trial_s + kept * seconds, kept * work.num_epochs))
+            whole += work.num_epochs
+    searched = _pack(trials, slots, timings.worker_start_s if trials else 0.0)
+    searched = _limited(searched, plan, works, done_trials or {}, before.wall_s + TUNE_START_S)
+    again = teachers(True, fresh=True)
+    refits = [(timings.seconds_of(work.calls) + job_s, work.num_epochs) for work in workload.refits()]
+    refitted = _pack(refits, slots, 0.0 if again.wall_s or not refits else timings.worker_start_s)
+    phases: dict[PhaseName, _Done] = {
         "teachers": before,
-        "trials": trials,
-        "teachers on all images": between,
-        "refits": refits,
+        "trials": searched,
+        "teachers on all images": again,
+        "refits": refitted,
     }
-    hours = {phase: value / 3600 for phase, value in seconds.items()}
-    busy_hours = sum(each.busy_s for each in done.values()) / 3600
+    beside = {"trials": TUNE_START_S if trials else 0.0, "refits": END_S}
+    hours: dict[PhaseName, float] = {"start": (START_S + timings.took_s if elapsed_s is None else elapsed_s) / 3600}
+    hours |= {phase: (each.wall_s + beside.get(phase, 0.0)) / 3600 for phase, each in phases.items()}
+    busy_hours = sum(each.busy_s for each in phases.values()) / 3600
     price = search.price_per_hour
     return Forecast(
-        epochs={phase: round(each.epochs) for phase, each in done.items()},
+        epochs={phase: round(each.epochs) for phase, each in phases.items()},
         hours=hours,
         busy_hours=busy_hours,
         gpu_hours=busy_hours * resources.num_workers * resources.gpus_per_worker,
         cost=None if price is None else price * sum(hours.values()),
-        kept=trials.epochs / whole if whole else 1.0,
+        kept=searched.epochs / whole if whole else 1.0,
         slots=slots,
-        assumptions=_assumptions(plan, resources),
+        epoch_s={
+            cell.name: {stage: timings.seconds_of(calls) for stage, calls in workload.an_epoch(cell).items()}
+            for cell in plan.cells
+        },
+        timing_s=timings.took_s,
+        assumptions=_assumptions(plan, resources, timings),
     )
 
 
-def _pack_all(works: Sequence[Work], slots: int, fresh_slots: int, worker_start_s: float) -> Done:
-    """Everything, whole."""
-    whole = [(work, work.num_epochs) for work in works]
-    return pack(whole, slots, fresh_slots=fresh_slots, worker_start_s=worker_start_s)
+@dataclass(frozen=True)
+class _Done:
+    """Seconds until all is done, busy seconds of all slots, and epochs."""
+
+    wall_s: float = 0.0
+    busy_s: float = 0.0
+    epochs: float = 0.0
 
 
-def _trials(
-    plan: Plan,
-    workload: Workload,
-    slots: int,
-    worker_start_s: float,
-    limit_s: float | None,
-    done_trials: Mapping[str, int],
-) -> tuple[Done, int]:
-    """The trials as simulated on average, and the epochs they would have if every one were whole."""
-    search, cells = plan.search, plan.cells
-    left = trials_left(cells, search.trials, done_trials)
-    works = {cell.name: workload.trial(cell) for cell in cells}
-    studies = {
-        epochs: simulate_pruning(search.pruner, epochs, search.trials)
-        for epochs in {work.num_epochs for work in works.values()}
-    }
-    outcomes = []
-    for repeat in range(min(REPEATS, max(len(each) for each in studies.values()))):
-        order: list[tuple[float, int, Work, int]] = []
-        for position, cell in enumerate(cells):
-            work, count = works[cell.name], left[cell.name]
-            simulated = studies[work.num_epochs]
-            # Each cell another simulated study; what a cell has already are its first trials.
-            lengths = simulated[(repeat + position) % len(simulated)]
-            lengths = lengths[len(lengths) - count :] if count <= len(lengths) else lengths
-            order += [(number / len(lengths), position, work, epochs) for number, epochs in enumerate(lengths)]
-        queue = [(work, epochs) for _, _, work, epochs in sorted(order, key=lambda each: each[:2])]
-        outcomes.append(
-            pack(
-                queue,
-                slots,
-                fresh_slots=slots,
-                worker_start_s=worker_start_s,
-                limit_s=limit_s,
-                max_epochs=_epochs_left(plan, works, done_trials),
-            )
-        )
-    mean = Done(*(statistics.mean(values) for values in zip(*map(dataclasses.astuple, outcomes), strict=True)))
-    return mean, sum(left[cell.name] * works[cell.name].num_epochs for cell in cells)
+def _pack(works: Sequence[tuple[float, float]], slots: int, start_s: float) -> _Done:
+    """Work of so many seconds and epochs in its order, each to the slot that is free first."""
+    free_s = [start_s] * slots
+    for seconds, _ in works:
+        heapq.heapreplace(free_s, free_s[0] + seconds)
+    return _Done(max(free_s), sum(seconds for seconds, _ in works), sum(epochs for _, epochs in works))
+
+
+def _limited(
+    trials: _Done, plan: Plan, works: Mapping[str, Work], done_trials: Mapping[str, int], after_s: float
+) -> _Done:
+    """What the search's limits leave of the trials, which begin `after_s` seconds after it; earlier ones were whole."""
+    search, parts = plan.search, [1.0]
+    if search.max_epochs_total is not None and trials.epochs:
+        spent = sum(count * works[name].num_epochs for name, count in done_trials.items() if name in works)
+        parts.append(max(0, search.max_epochs_total - spent) / trials.epochs)
+    if search.max_hours is not None and trials.wall_s:
+        parts.append(max(0.0, 3600 * search.max_hours - after_s) / trials.wall_s)
+    return _Done(*(min(parts) * value for value in dataclasses.astuple(trials)))
+
+
+def share_kept(pruner: str, num_epochs: int, trials: int) -> float:
+    """Share of a study's epochs that a pruner leaves, where a trial's rank is chance."""
+    if pruner != "halving":
+        return 1.0
+    reaching, saved = float(trials), 0.0
+    for rung in rungs_of(num_epochs):
+        # Of n trials that have reached a rung, ceil(n / REDUCTION) may go on.
+        judged = range(MIN_TRIALS, round(reaching) + 1)
+        stopped = sum(1 - math.ceil(n / REDUCTION - 1e-9) / n for n in judged)
+        saved += stopped * (num_epochs - rung)
+        reaching -= stopped
+    return 1 - saved / (trials * num_epochs)
 
 
 def trials_left(cells: Sequence[Cell], trials: int, done_trials: Mapping[str, int]) -> dict[str, int]:
@@ -243,37 +274,30 @@ def trials_left(cells: Sequence[Cell], trials: int, done_trials: Mapping[str, in
     return left
 
 
-def _epochs_left(plan: Plan, works: Mapping[str, Work], done_trials: Mapping[str, int]) -> int | None:
-    most = plan.search.max_epochs_total
-    if most is None:
-        return None
-    # How far trials went that are done is not known here; they are taken to be whole.
-    return max(0, most - sum(count * works[name].num_epochs for name, count in done_trials.items() if name in works))
-
-
-def _assumptions(plan: Plan, resources: Resources) -> tuple[str, ...]:
+def _assumptions(plan: Plan, resources: Resources, timings: Timings) -> tuple[str, ...]:
     search = plan.search
     said = [
         f"The cluster stays as it is, {max(1, resources.slots_now)} trials side by side, with no other load.",
         "No run fails or is interrupted; sampled settings change nothing in a step's time.",
     ]
     if search.pruner != "none":
-        said.append(
-            f"Pruner {search.pruner} meets trials in order, whose values are random and keep their rank over epochs "
-            "(a sampler that learns has more of its trials go on)."
-        )
+        kept = {share_kept(search.pruner, num_epochs_of(cell.run), search.trials) for cell in plan.cells}
+        said.append(f"Pruner {search.pruner} leaves {100 * min(kept):.0f} % of the epochs, by chance alone.")
     if resources.num_workers > 1:
         said.append(
             f"A step of {resources.num_workers} workers takes as long as a batch of one worker's share on one of them."
         )
-    if search.share_embeddings:
-        said.append("Every trial trains its stage embedding itself.")
     if resources.slots > resources.slots_now:
         said.append(f"The cluster may grow to {resources.slots} trials side by side, which would take less time.")
+    if timings.estimated:
+        said.append(
+            f"Timing may take {100 * SHARE:.0f} % of the search. Not timed, but taken from others by their numbers of "
+            f"parameters: {'; '.join(timings.estimated)}."
+        )
     return tuple(said)
 
 
-def say_hours(hours: float) -> str:
+def format_hours(hours: float) -> str:
     """For people: `3 h 20 min`, `12 min`, `40 s`."""
     seconds = round(3600 * hours)
     if seconds < 120:

@@ -1,246 +1,183 @@
-"""Timings of a search's runs, taken on the cluster's own workers and kept, so that they are taken once."""
+"""Timings of a search's parts, taken on the cluster's own workers and kept, so that they are taken once."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-import math
 import os
-import shutil
 import statistics
 import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from refilled.config import RunConfig, content_hash
+from refilled.config import content_hash
 from refilled.errors import UserError
-from refilled.storage import mirror
-from refilled.storage.mirror import location_of, open_storage
-from refilled.storage.store import read_json, write_json
+from refilled.storage import Kind, Storage
+from refilled.tasks.classification import load_task
+from refilled.timing import Part, Timed, time_part, work_of
 from tune.backend.cluster import Resources, workers_per_gpu
+from tune.backend.nodes import nodes_now
+from tune.forecast.workload import Calls
+from tune.plan import Plan
 
-if TYPE_CHECKING:
-    from refilled.timing import StepTimes
-    from tune.plan import Cell, Plan
-
-FORMAT = 1  # part of every timing's name: raise it when what is timed changes
-MOST_TOGETHER = 64  # tasks that measure side by side, however many trials will
-WAIT_S = 20.0  # for the others to be ready, and to be done
-_log = logging.getLogger(__name__)
+TIMINGS = Kind("timings")
+FORMAT = 2  # part of every timing's name: raise it when what is timed changes
+SHARE = 0.05  # of what is forecast, that timing may take
+FLOOR_S = 2.0  # that it may take however short the search is
+LEAST_S, MOST_S = 0.1, 1.0  # for the calls of one part, one call at least
 
 
 @dataclass(frozen=True)
 class Timings:
-    """What runs take here.
+    """What parts of runs take here.
 
     Attributes:
-        kinds: by `kind_of` a cell.
-        worker_start_s: from asking for a worker to its first step, most of it Python's imports.
-        took_s: how long the measuring took; 0 where everything was known.
+        seconds: Of one call.
+        estimated: Names of parts that were not timed, but taken from others by the number of parameters.
+        worker_start_s: From asking for workers to their first step, most of it Python's imports.
+        took_s: How long the timing took, without the start of workers, which stay; 0 where everything was known.
     """
 
-    kinds: Mapping[str, StepTimes]
+    seconds: Mapping[Part, float]
+    estimated: tuple[str, ...]
     worker_start_s: float
     took_s: float
 
-
-def kind_of(cell: Cell) -> str:
-    """What its runs' times depend on within a search; overlaps differ in nothing that takes time."""
-    return f"{cell.teacher}>{cell.student} {cell.run.method}"
-
-
-def measure_all(plan: Plan, resources: Resources) -> Timings:
-    """Time the runs of every kind of cell, as many side by side as trials will be.
-
-    Raises:
-        UserError: where a run, or those that are to share a GPU, do not fit its memory.
-    """
-    from refilled.timing import StepTimes
-
-    started_s = time.monotonic()
-    runs = {kind_of(cell): cell.run for cell in reversed(plan.cells)}
-    paths = {kind: _path(plan, run, resources) for kind, run in runs.items()}
-    known = {kind: _kept(path) for kind, path in paths.items()}
-    records = {kind: record for kind, record in known.items() if record is not None}
-    unknown = [kind for kind in paths if kind not in records]
-    for together in _rounds(unknown, max(1, min(MOST_TOGETHER, resources.slots_now * resources.num_workers))):
-        for kind, record in _measure_together(together, runs, plan.storage, resources).items():
-            write_json(paths[kind], record)
-            records[kind] = record
-    times = {kind: StepTimes(**record["times"]) for kind, record in records.items()}
-    for each in times.values():
-        workers_per_gpu(each.peak_bytes, each.total_bytes, resources.gpus_per_worker)
-    return Timings(
-        kinds=times,
-        worker_start_s=max(record["worker_start_s"] for record in records.values()),
-        took_s=time.monotonic() - started_s if unknown else 0.0,
-    )
+    def seconds_of(self, calls: Calls) -> float:
+        """What calls take one after another."""
+        return sum(count * self.seconds[part] for part, count in calls.items())
 
 
-def _kept(path: Path) -> dict[str, Any] | None:
-    """A timing taken earlier, or none where there is none, or none that can be read: it is taken again."""
-    from refilled.timing import StepTimes
+def measure(plan: Plan, calls: Calls, resources: Resources, say: Callable[[str], None]) -> Timings:
+    """Time a few calls of every part, for at most `SHARE` of what all calls of the search take.
 
-    if not mirror.fetch(path):
-        return None
-    try:
-        record = read_json(path)
-        numbers = [*dataclasses.asdict(StepTimes(**record["times"])).values(), record["worker_start_s"]]
-        if all(isinstance(each, int | float) and 0 <= each < math.inf for each in numbers):
-            return dict(record)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # what a damaged file can turn out to be
-        pass
-    _log.warning("Timing %s is damaged; it is taken again.", path)
-    return None
-
-
-def _path(plan: Plan, run: RunConfig, resources: Resources) -> Path:
-    """Where a timing is kept: named by what decides it, the machines' kinds included."""
-    import ray
-    import torch
-
-    kinds = {
-        str(
-            sorted(
-                (name, count) for name, count in node["Resources"].items() if name in ("CPU", "GPU") or "type" in name
-            )
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    }
-    what = run.to_dict() | {"overlap": None, "seed": None, "epochs": None, "teacher_epochs": None}
-    parts = [FORMAT, what, dataclasses.asdict(resources), sorted(kinds), os.cpu_count(), torch.__version__]
-    return plan.storage / "timings" / f"{content_hash(parts)}.json"
-
-
-def _rounds(kinds: Sequence[str], together: int) -> Iterator[list[str]]:
-    """Groups of `together` kinds; where they run out, some are measured more than once."""
-    for start in range(0, len(kinds), together):
-        group = list(kinds[start : start + together])
-        yield [group[number % len(group)] for number in range(together)]
-
-
-def _measure_together(
-    kinds: Sequence[str], runs: Mapping[str, RunConfig], storage: Path, resources: Resources
-) -> dict[str, Any]:
-    """One round; what is kept of each of its kinds, the median of those measured more than once."""
-    import ray
-
-    task = ray.remote(_measure).options(
-        num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_retries=0
-    )
-    meeting = storage / "timings" / f".round-{uuid.uuid4().hex}"
-    meeting.mkdir(parents=True)
-    try:
-        asked = [
-            task.remote(
-                _share(runs[kind], resources.num_workers).to_dict(),
-                location_of(storage),
-                str(meeting),
-                number,
-                len(kinds),
-                time.time(),
-                resources.num_threads,
-                resources.gpus_per_worker,
-            )
-            for number, kind in enumerate(kinds)
-        ]
-        answers = ray.get(asked)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from error
-        raise
-    finally:
-        shutil.rmtree(meeting, ignore_errors=True)
-    return _records(kinds, answers)
-
-
-def _records(kinds: Sequence[str], answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What is kept of a round, by kind."""
-    records: dict[str, Any] = {}
-    for kind in set(kinds):
-        same = [answer for each, answer in zip(kinds, answers, strict=True) if each == kind]
-        times = {name: statistics.median(answer["times"][name] for answer in same) for name in same[0]["times"]}
-        times["alone"] = answers[0]["times"]["alone"]  # the first was timed alone, whatever its kind
-        most = {name: max(answer["times"][name] for answer in same) for name in ("peak_bytes", "total_bytes")}
-        start_s = max(answer["worker_start_s"] for answer in answers)
-        records[kind] = {"kind": kind, "times": times | most, "worker_start_s": start_s}
-    return records
-
-
-def _share(run: RunConfig, num_workers: int) -> RunConfig:
-    """The run with one worker's share of its batches, as if it were the whole."""
-    if num_workers == 1:
-        return run
-    recipe = run.pretraining
-    recipe = dataclasses.replace(recipe, global_batch_size=max(2, recipe.global_batch_size // num_workers))
-    return dataclasses.replace(run, global_batch_size=max(2, run.global_batch_size // num_workers), pretraining=recipe)
-
-
-def _measure(
-    config: Mapping[str, Any],
-    storage: str,
-    meeting: str,
-    number: int,
-    count: int,
-    asked_s: float,
-    num_threads: int,
-    num_gpus: float,
-) -> dict[str, Any]:
-    """Runs on a worker: measure beside `count` - 1 others, which meet in a folder.
+    Steps come first, and of them those that the search spends most on. Where time is short, the rest is estimated from
+    what was timed.
 
     Args:
-        config: of a `RunConfig`, as a dict.
-        storage: the search's folder.
-        meeting: folder where each says when it is ready and done.
-        number: this one's among them.
-        count: of them.
-        asked_s: when it was asked for, by `time.time`.
-        num_threads: of torch.
-        num_gpus: this worker's share.
+        plan: Of the search.
+        calls: How often the search does every part.
+        resources: Of a trial, and how many fit.
+        say: Told what is being timed.
+
+    Raises:
+        UserError: A run, or those that are to share a GPU, do not fit its memory.
     """
+    keys = {part: _key(part, resources) for part in calls}
+    kept = {part: record for part, key in keys.items() if (record := _kept(plan.storage, key)) is not None}
+    timed = {part: Timed(**record["timed"]) for part, record in kept.items()}
+    start_s = max((record["worker_start_s"] for record in kept.values()), default=0.0)
+    unknown = [part for part in keys if part not in timed]
+    took_s, seconds_of = 0.0, {part: one.seconds for part, one in timed.items()}
+    if unknown:
+        say(f"Timing {len(unknown)} parts of the runs, when workers have started.")
+        time_together, began_s = _timer(plan.storage, resources), time.monotonic()
+        # Small, and yet it takes a first step, with all that only a process's first one does.
+        time_together(next((part for part in unknown if part.kind == "epoch"), unknown[0]), 0.0)
+        start_s, began_s = time.monotonic() - began_s, time.monotonic()
+        work = {part: work_of(part, load_task(part.run, plan.storage)) for part in calls}
+        unknown.sort(key=lambda part: (("epoch", "step", "image").index(part.kind), -calls[part] * work[part]))
+        overhead_s = 0.0
+        for number, part in enumerate(unknown):
+            seconds_of = _with_estimates(work, timed)
+            total_s = sum(calls[each] * each_s for each, each_s in seconds_of.items()) / max(1, resources.slots_now)
+            part_began_s = time.monotonic()
+            left_s = max(FLOOR_S, SHARE * total_s) - (part_began_s - began_s)
+            must = not work[part] or resources.gpus_per_worker or not any(work[each] for each in timed)
+            if not must and left_s < seconds_of[part] + overhead_s:
+                continue
+            say(f"Timing {part.name} ({number + 1} of {len(unknown)}).")
+            seconds = min(MOST_S, max(LEAST_S, left_s / (len(unknown) - number) - overhead_s))
+            timed[part] = time_together(part, seconds)
+            # Networks that are built, images that are found, Ray's task.
+            overhead_s = max(0.0, time.monotonic() - part_began_s - max(seconds, timed[part].seconds))
+            record = {"part": part.name, "timed": dataclasses.asdict(timed[part]), "worker_start_s": start_s}
+            _keep(plan.storage, keys[part], record)
+        took_s = time.monotonic() - began_s
+        seconds_of = _with_estimates(work, timed)
+    for one in timed.values():
+        workers_per_gpu(one.peak_bytes, one.total_bytes, resources.gpus_per_worker)
+    return Timings(
+        seconds=seconds_of,
+        estimated=tuple(part.name for part in calls if part not in timed),
+        worker_start_s=start_s,
+        took_s=took_s,
+    )
+
+
+def _with_estimates(work: Mapping[Part, float], timed: Mapping[Part, Timed]) -> dict[Part, float]:
+    """Seconds of every part: those timed, and others at the pace of what is most like them.
+
+    That is the same kind of part of the same network, else another part of it, else any.
+    """
+    pace = {part: one.seconds / work[part] for part, one in timed.items() if work[part]}
+    found = {part: one.seconds for part, one in timed.items()}
+    for part in work.keys() - timed.keys() if pace else ():
+        same = [other for other in pace if other.run.student == part.run.student]
+        like = [other for other in same if other.kind == part.kind] or same or list(pace)
+        found[part] = work[part] * statistics.median(pace[other] for other in like)
+    return found
+
+
+def _kept(storage: Storage, key: str) -> Mapping[str, Any] | None:
+    """A timing taken earlier, or none where there is none that is whole: it is taken again."""
+    artifact = storage.artifacts.open(TIMINGS, key)
+    return None if artifact is None else artifact.about
+
+
+def _keep(storage: Storage, key: str, record: Mapping[str, Any]) -> None:
+    storage.artifacts.make(TIMINGS, key, lambda _: record)
+
+
+def _key(part: Part, resources: Resources) -> str:
+    """Hash of what decides a timing, the machines' kinds included."""
+    import ray
     import torch
 
-    from refilled.timing import measure
+    kinds = (
+        sorted({(node.cpus, node.gpus) for node in nodes_now()}),
+        sorted(name for name in ray.cluster_resources() if "type" in name),
+    )
+    parts = [FORMAT, part.key, dataclasses.asdict(resources), kinds, os.cpu_count(), torch.__version__]
+    return content_hash(parts)
+
+
+def _timer(storage: Storage, resources: Resources) -> Callable[[Part, float], Timed]:
+    """Times a part on as many workers as run side by side on one node: who has company is slower."""
+    import ray
+
+    cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
+    on_a_node = max((node.num_workers(cpus, gpus) for node in nodes_now()), default=0)
+    num_workers = max(1, min(on_a_node, resources.slots_now * resources.num_workers))
+    task = ray.remote(_time).options(num_cpus=cpus, num_gpus=gpus, max_retries=0)
+    arguments = (storage, resources.num_threads, gpus)
+
+    def time_together(part: Part, seconds: float) -> Timed:
+        """The median time and the most memory."""
+        try:
+            answers = ray.get([task.remote(part, seconds, *arguments) for _ in range(num_workers)])
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from error
+            raise
+        most: Timed = max(answers, key=lambda each: each.peak_bytes)
+        return dataclasses.replace(most, seconds=statistics.median(each.seconds for each in answers))
+
+    return time_together
+
+
+def _time(part: Part, seconds: float, storage: Storage, num_threads: int, num_gpus: float) -> Timed:
+    """Runs on a worker: time a part."""
+    import torch
+
     from refilled.training.compute import Compute
 
-    folder, ready_s = Path(meeting), 0.0
-
-    def wait(what: str) -> Iterator[bool]:
-        """Say that this one is `what`, then whether others are not yet, for a while."""
-        folder.mkdir(parents=True, exist_ok=True)  # where machines share no folder each meets those on its own
-        (folder / f"{number}.{what}").touch()
-        deadline_s = time.monotonic() + WAIT_S
-        while len(list(folder.glob(f"*.{what}"))) < count and time.monotonic() < deadline_s:
-            yield True
-        yield False
-
-    def start_together() -> None:
-        nonlocal ready_s
-        ready_s = time.time()
-        for _ in wait("ready"):
-            time.sleep(0.02)
-
-    run = RunConfig.from_dict(config)
     torch.set_num_threads(num_threads)
     device = torch.device("cuda", torch.cuda.current_device()) if num_gpus else torch.device("cpu")
-    compute = Compute(device=device, precision=run.precision)
     try:
-        done = wait("done")
-        times = measure(
-            run,
-            open_storage(storage),
-            compute,
-            start_together=start_together,
-            others_measure=lambda: next(done, False),
-            then_alone=number == 0 and count > 1,
-        )
+        return time_part(part, storage, Compute(device=device, precision=part.run.precision), seconds=seconds)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"global_batch_size must be smaller: one step of {run.teacher} > {run.student} on {run.global_batch_size} "
-            f"images does not fit the GPU beside what is on it ({str(error).splitlines()[0]})"
+            f"global_batch_size must be smaller: {part.name} does not fit the GPU beside what is on it "
+            f"({str(error).splitlines()[0]})"
         ) from error
-    return {"times": dataclasses.asdict(times), "worker_start_s": max(0.0, ready_s - asked_s)}

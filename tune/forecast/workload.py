@@ -1,166 +1,161 @@
-"""The runs of a search as work with a length: what each trains, and what that takes by the timings."""
+"""The runs of a search as what they do how often: steps, evaluations, checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from refilled.config import RunConfig
 from refilled.data.batches import num_batches
 from refilled.data.views import Views
-from refilled.embedding_cache.rows import BankFormat
-from refilled.embedding_cache.site import bank_pays, epochs_with_teacher
-from refilled.execution import cache_of
+from refilled.embedding_cache import layout_of
 from refilled.methods import VANILLA, has_embedding_stage
-from refilled.models import build_model
-from refilled.stages import needs_teacher, num_epochs_of, stages_of
+from refilled.shared_caches import cache_name, pays, shared_caches
+from refilled.stages import Stage, needs_teacher, num_epochs_of, stages_of
 from refilled.tasks.classification import load_task
 from refilled.teacher import pretraining_run, teacher_folder
-from tune.backend.cluster import Resources
-from tune.forecast.measure import Timings, kind_of
-from tune.forecast.simulate import Work
+from refilled.timing import Part, embedding_dim_of, epoch_part, image_part, step_part
+from tune.plan import Cell, Plan
 
-if TYPE_CHECKING:
-    from refilled.timing import StepTimes
-    from tune.plan import Cell, Plan
+TEST_SHARE = 0.2  # a test part's size over its training part's, as in CIFAR-100: no forecast looks at it
+Calls = Mapping[Part, float]
 
-# Seconds that Tune and the driver's stores take, seen on two cores: between two trials of a slot, and for a row.
-TRIAL_S, ROW_S = 0.15, 0.012
-# The same with a new Ray Train group for every trial (and what is between two jobs there).
-GROUP_TRIAL_S, GROUP_ROW_S = 12.0, 0.2
-JOB_S = 0.05  # between two jobs of a slot
-TEST_SHARE = 0.2  # a test part's size over its training part's: no forecast looks at it
+
+@dataclass(frozen=True)
+class Work:
+    """One run, or what several share: its epochs, and how often it does every part."""
+
+    num_epochs: int
+    calls: Calls
+
+
+def total(calls: Iterable[tuple[float, Calls]]) -> Calls:
+    """The sum of calls, each so many times."""
+    found = defaultdict[Part, float](float)
+    for times, each in calls:
+        for part, count in each.items():
+            found[part] += times * count
+    return dict(found)
 
 
 class Workload:
-    """A plan's teachers, trials and refits as `Work`."""
+    """A plan's teachers, trials and refits, and what runs share, as `Work`."""
 
-    def __init__(self, plan: Plan, resources: Resources, timings: Timings) -> None:
-        self._plan, self._resources, self._timings = plan, resources, timings
-        self._with_groups = plan.search.trial_backend == "torch_trainer"
-        self._sizes: dict[float, tuple[int, int, int]] = {}
+    def __init__(self, plan: Plan, num_workers: int, done: Collection[str] = ()) -> None:
+        """Of runs on so many workers each, without the refits of cells in which all is done, by their names."""
+        self._plan, self._num_workers = plan, num_workers
+        self._to_refit = [cell for cell in plan.cells if cell.name not in done]
+        self._sizes: dict[object, tuple[int, int, int]] = {}
+        self._caches: dict[bool, set[str | None]] = {}
 
-    def teachers(self, *, on_all: bool) -> list[Work]:
-        """What is left of the different teachers, those of the trials or those of the refits."""
+    def calls(self) -> Calls:
+        """How often the whole search does every part, trials being whole."""
+        works = [each for on_all in (False, True) for each in self.teachers(on_all) + self.shared(on_all)]
+        trials = [(self._plan.search.trials, self.trial(cell).calls) for cell in self._plan.cells]
+        return total([*trials, *((1, work.calls) for work in works + self.refits())])
+
+    def teachers(self, on_all: bool) -> list[Work]:
+        """What is left of the different teachers, those of the trials or, on all images, those of the refits."""
         works: dict[str, Work] = {}
-        for cell in self._plan.cells:
-            if not needs_teacher(cell.run):
-                continue
-            run = dataclasses.replace(cell.run, val_fraction=0.0) if on_all else cell.run
-            folder = teacher_folder(run, self._plan.storage)
+        for cell in self._asking(on_all):
+            run = _on_all(cell.run) if on_all else cell.run
+            folder, pretraining = teacher_folder(run, self._plan.storage), pretraining_run(run)
             if folder.result() is None:
-                works[folder.path.name] = self._teacher(cell, run, on_all, len(folder.rows()))
-        return [self._with_company(work, len(works)) for work in works.values()]
-
-    def _with_company(self, work: Work, count: int) -> Work:
-        """Timings are of full slots; of `count` jobs side by side, where that is fewer, each takes less."""
-        slots = max(1, self._resources.slots_now)
-        alone = statistics.mean(times.alone for times in self._timings.kinds.values())
-        factor = 1.0 if count >= slots else alone + (1.0 - alone) * (count - 1) / (slots - 1)
-        stages = tuple((epochs, factor * bank_s, factor * live_s) for epochs, bank_s, live_s in work.stages)
-        return dataclasses.replace(work, stages=stages)
+                left = max(0, num_epochs_of(pretraining) - len(folder.rows()))
+                work = self._run(dataclasses.replace(pretraining, epochs=(0, left)))
+                works[folder.path.name] = work
+        return list(works.values())
 
     def trial(self, cell: Cell) -> Work:
         """One whole trial of a cell."""
-        search = self._plan.search
-        is_group = self._with_groups
-        return self._run(
-            cell,
-            cell.run,
-            on_all=False,
-            num_sharing_runs=self._plan.num_sharing_runs(search.trials),
-            fixed_s=GROUP_TRIAL_S if is_group else TRIAL_S,
-            row_s=GROUP_ROW_S if is_group else ROW_S,
-        )
+        return self._run(cell.run)
 
     def refits(self) -> list[Work]:
         """All refits, in their order: of winners, and of vanilla students with the classifier stage's epochs alone."""
         search, works = self._plan.search, list[Work]()
         has_two = any(has_embedding_stage(method) for method in search.methods)
-        for cell in self._plan.cells:
-            variants = [cell.run]
+        for cell in self._to_refit:
+            variants = [_on_all(cell.run)]
             if cell.method == VANILLA and has_two:
-                variants.append(dataclasses.replace(cell.run, epochs=(0, search.run.epochs[1])))
-            works += [self._refit(cell, run) for run in variants for _ in range(search.seeds)]
+                variants.append(dataclasses.replace(variants[0], epochs=(0, search.run.epochs[1])))
+            for run in variants:
+                work = self._run(run)
+                tested = {image_part(self._share(run)): TEST_SHARE * self._images(run)[0] / self._num_workers}
+                works += [Work(work.num_epochs, total([(1, work.calls), (1, tested)]))] * search.seeds
         return works
 
-    def _refit(self, cell: Cell, run: RunConfig) -> Work:
-        search, times = self._plan.search, self._times(cell)
-        train, held_out, _ = self._images(cell)
-        group_s = GROUP_TRIAL_S if self._resources.num_workers > 1 else 0.0
-        return self._run(
-            cell,
-            run,
-            on_all=True,
-            num_sharing_runs=self._plan.num_sharing_runs(search.seeds),
-            fixed_s=JOB_S + group_s + TEST_SHARE * (train + held_out) * times.accuracy_s / self._resources.num_workers,
-            row_s=0.0,
-        )
+    def shared(self, on_all: bool) -> list[Work]:
+        """The teacher's passes over the images for prototypes and caches, made once for all runs of an overlap."""
+        found: dict[tuple[str, float], Work] = {}
+        for cell in self._asking(on_all):
+            run = _on_all(cell.run) if on_all else cell.run
+            has_cache = self._has_cache(run)
+            key, passes = (cell.teacher, cell.overlap), 1 + has_cache * len(Views(run.views).view_ids)
+            work = Work(0, total([(passes, self._teacher_pass(run))]))
+            if key not in found or has_cache:
+                found[key] = work
+        return list(found.values())
 
-    def _run(
-        self, cell: Cell, run: RunConfig, *, on_all: bool, num_sharing_runs: int, fixed_s: float, row_s: float
-    ) -> Work:
-        times, workers = self._times(cell), self._resources.num_workers
-        train, validation, means_of = self._images(cell)
-        if on_all:
-            train, validation = train + validation, 0
-        steps = num_batches(train, run.global_batch_size)
-        stages = []
-        for stage in stages_of(run):
-            if stage.name == "embedding":
-                bank_s, live_s = times.embedding_bank_s, times.embedding_live_s
-                validation_s = (validation + means_of) * times.nearest_mean_s if validation else 0.0
-            else:
-                bank_s, live_s = times.classifier_bank_s, times.classifier_live_s
-                validation_s = validation * times.accuracy_s
-            beside_s = validation_s / workers + times.epoch_s + row_s
-            if not stage.is_cacheable:  # no teacher, or one that no bank can stand for; both are timed as what they do
-                bank_s = live_s = max(bank_s, live_s)
-            stages.append((stage.num_epochs, steps * bank_s + beside_s, steps * live_s + beside_s))
-        work = Work(stages=tuple(stages), fixed_s=times.run_s + fixed_s)
-        if not needs_teacher(run):
-            return work
-        num_views = len(Views(run.views).view_ids)
-        has_bank = (
-            run.bank.mode != "live" and epochs_with_teacher(run) > 0 and self._bank_fits(cell, run, train, num_views)
-        )
-        has_bank = has_bank and (run.bank.mode == "bank" or bank_pays(run, num_views, num_sharing_runs))
-        return dataclasses.replace(
-            work,
-            shares=f"{cell.overlap} {cell.teacher} {on_all}",
-            prototypes_s=train * times.teacher_s / workers,
-            bank_s=train * num_views * times.teacher_s / workers if has_bank else None,
-            waits=run.bank.mode == "bank",
-        )
+    def _asking(self, on_all: bool) -> Iterable[Cell]:
+        return (cell for cell in (self._to_refit if on_all else self._plan.cells) if needs_teacher(cell.run))
 
-    def _teacher(self, cell: Cell, run: RunConfig, on_all: bool, epochs_done: int) -> Work:
-        times, pretraining, workers = self._times(cell), pretraining_run(run), self._resources.num_workers
-        train, validation, _ = self._images(cell, pretraining=True)
-        if on_all:
-            train, validation = train + validation, 0
-        epoch_s = num_batches(train, pretraining.global_batch_size) * times.pretraining_s
-        epoch_s += validation * times.teacher_s / workers + times.epoch_s
-        left = max(0, num_epochs_of(pretraining) - epochs_done)
-        return Work(stages=((left, epoch_s, epoch_s),), fixed_s=times.run_s + (GROUP_TRIAL_S if workers > 1 else 0.0))
+    def an_epoch(self, cell: Cell) -> dict[str, Calls]:
+        """How often an epoch of a cell's trials does every part up to its row, by stage."""
+        return {stage.name: self._epoch(cell.run, stage) for stage in stages_of(cell.run)}
 
-    def _images(self, cell: Cell, *, pretraining: bool = False) -> tuple[int, int, int]:
+    def _run(self, run: RunConfig) -> Work:
+        num_epochs, ends = num_epochs_of(run), {epoch_part(self._share(run)): 1}
+        epochs = [(stage.num_epochs, self._epoch(run, stage)) for stage in stages_of(run)]
+        return Work(num_epochs, total([*epochs, (num_epochs, ends)]))
+
+    def _epoch(self, run: RunConfig, stage: Stage) -> Calls:
+        """One epoch's calls on one worker."""
+        train, validation, means_of = self._images(run)
+        judged = validation and validation + (means_of if stage.validates_by == "nearest_mean" else 0)
+        share = self._share(run)
+        steps = {step_part(share, stage): num_batches(train, run.global_batch_size)}
+        live = self._teacher_pass(run) if stage.is_cacheable and not self._has_cache(run) else {}
+        return total([(1, steps), (judged / self._num_workers, {image_part(share): 1}), (1, live)])
+
+    def _teacher_pass(self, run: RunConfig) -> Calls:
+        """The teacher's forward passes over all images."""
+        return {image_part(self._share(pretraining_run(run))): self._images(run)[0] / self._num_workers}
+
+    def _share(self, run: RunConfig) -> RunConfig:
+        """The run with one worker's share of its batches, as if it were the whole."""
+        return dataclasses.replace(run, global_batch_size=max(2, run.global_batch_size // self._num_workers))
+
+    def _images(self, run: RunConfig) -> tuple[int, int, int]:
         """Images to train on, held out, and in the class means of stage embedding's validation."""
-        key = -1.0 if pretraining else cell.overlap
+        split = dataclasses.replace(run, val_fraction=self._plan.search.run.val_fraction)
+        key = (run.overlap, run.num_student_classes)
         if key not in self._sizes:
-            run = pretraining_run(cell.run) if pretraining else cell.run
-            task = load_task(run, cache_of(self._plan.storage))
-            means_of = int(task.train.labels.bincount().clamp(max=cell.run.ncm_images_per_class).sum())
+            task = load_task(split, self._plan.storage)
+            means_of = int(task.train.labels.bincount().clamp(max=run.ncm_images_per_class).sum())
             self._sizes[key] = len(task.train), len(task.validation or ()), means_of
-        return self._sizes[key]
+        train, validation, means_of = self._sizes[key]
+        return (train, validation, means_of) if run.val_fraction else (train + validation, 0, 0)
 
-    def _bank_fits(self, cell: Cell, run: RunConfig, num_images: int, num_views: int) -> bool:
-        task = load_task(cell.run, cache_of(self._plan.storage))
-        channels, size, _ = task.train.images.shape[1:]
-        model = build_model(
-            run.teacher, num_classes=2, in_channels=channels, image_size=size, seed=0, sources=run.sources
-        )
-        return BankFormat(num_images, num_views, model.embedding_dim, run.bank.dtype).num_bytes <= run.bank.max_bytes
+    def _has_cache(self, run: RunConfig) -> bool:
+        """Whether the search computes a cache of the teacher's embeddings that the run uses."""
+        on_all = not run.val_fraction
+        if on_all not in self._caches:
+            search = self._plan.search
+            runs = [(_on_all(cell.run) if on_all else cell.run) for cell in self._plan.cells]
+            count = search.seeds if on_all else search.trials
+            caches = shared_caches([(each, count) for each in runs], self._plan.storage)
+            self._caches[on_all] = {
+                name for name, each in caches.items() if pays(each.run, each.epochs) and self._fits(each.run)
+            }
+        return cache_name(run, self._plan.storage) in self._caches[on_all]
 
-    def _times(self, cell: Cell) -> StepTimes:
-        return self._timings.kinds[kind_of(cell)]
+    def _fits(self, run: RunConfig) -> bool:
+        task = load_task(run, self._plan.storage)
+        return layout_of(run, task, embedding_dim_of(run, task)).num_bytes <= run.embedding_cache.max_bytes
+
+
+def _on_all(run: RunConfig) -> RunConfig:
+    """The run on all images, without validation."""
+    return dataclasses.replace(run, val_fraction=0.0)
