@@ -8,17 +8,21 @@ the settings of their terms are flags too.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
+import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import field, make_dataclass
 from typing import Annotated, Any, TypeVar
 
+import cyclopts
 import docstring_parser
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
 
 from refilled.command import exit_code, new_app
 from refilled.config import Config, RunConfig, TermConfig, TermSettings
+from refilled.config.fields import Range, bounds_of
 from refilled.errors import UserError
 from refilled.methods import user_terms
 from refilled.presets import PRESETS
@@ -44,16 +48,16 @@ def run_command(
     """Parse `[PRESET] [--flag value ...]`, apply the flags to the preset, run `main`, return the exit code.
 
     Args:
-        name: of the command, before its error messages.
-        help_text: first lines of `--help`.
-        start: from a preset's name and the methods that the user gives, if any, to the configuration whose fields
+        name: The name of the command, before its error messages.
+        help_text: First lines of `--help`.
+        start: Makes, of a preset's name and the methods that the user gives, if any, the configuration whose fields
             become flags.
-        main: what the command does.
-        terms: settings of the loss terms of a configuration, by the term's name; they are flags `--TERM.NAME`.
+        main: What the command does.
+        terms: Settings of the loss terms, by the term's name; they are flags `--TERM.NAME`.
         beside_method: `--method A` stands for this method and A; empty: for A alone.
-        hidden: dotted names of fields that are no flags.
-        inlined: nested configurations whose fields are flags without a prefix.
-        arguments: instead of the process's.
+        hidden: Dotted names of fields that are no flags.
+        inlined: Nested configurations whose fields are flags without a prefix.
+        arguments: Instead of the process's.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     preset_name = given.pop(0) if given and not given[0].startswith("-") else "smoke"
@@ -151,9 +155,9 @@ class _Flags:
         """The class for a configuration."""
         if isinstance(config, TermSettings):
             return _made("Terms", [self._nested(name, each, f"{prefix}{name}") for name, each in self._terms.items()])
-        hints, documented = typing.get_type_hints(type(config)), field_help(type(config))
+        hints, documented = config.field_types(), field_help(type(config))
         fields: list[Any] = []
-        for each in dataclasses.fields(config):  # type: ignore[arg-type]
+        for each in dataclasses.fields(config):
             dotted, value = f"{prefix}{each.name}", getattr(config, each.name)
             if dotted in self._hidden:
                 continue
@@ -162,11 +166,13 @@ class _Flags:
             if isinstance(value, Config):
                 fields.append(self._nested(each.name, value, dotted))
                 continue
+            bounds = bounds_of(hints[each.name])
             parameter = Parameter(
                 help=documented.get(each.name, ""),
                 consume_multiple=isinstance(value, tuple),
                 negative=None if hints[each.name] in (bool, bool | None) else "",
-                show_default=(lambda _: "none") if value is None else None,
+                show_default=functools.partial(_default, bounds) if bounds or value is None else None,
+                converter=_whole if _holds_only(hints[each.name], int) else None,
             )
             fields.append((each.name, Annotated[hints[each.name], parameter], field(default=value)))
         return _made(type(config).__name__, fields)
@@ -187,6 +193,32 @@ class _Flags:
             elif value != before:
                 found[f"{prefix}{each.name}"] = value
         return found
+
+
+def _holds_only(hint: Any, number: type) -> bool:
+    """Whether the numbers that a type takes, be it a list's or optional, are all of this one type."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is Annotated:
+        inner = inner[:1]
+    found = [_holds_only(each, number) for each in inner if each not in (types.NoneType, ...)]
+    return hint is number if not inner else bool(found) and all(found)
+
+
+def _whole(hint: Any, tokens: Sequence[Token]) -> Any:
+    """Whole numbers of the command line, of which cyclopts would round those with a point.
+
+    Raises:
+        CycloptsError: Naming the flag.
+    """
+    for token in tokens:
+        if "." in token.value:
+            raise cyclopts.CycloptsError(msg=f"{token.keyword} must be a whole number, got {token.value}.")
+    return cyclopts.convert(hint, tokens)
+
+
+def _default(bounds: Range | None, value: object) -> str:
+    shown = "none" if value is None else str(value)
+    return f"{shown}; {bounds}" if bounds else shown
 
 
 def _made(name: str, fields: list[Any]) -> type:

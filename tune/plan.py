@@ -14,9 +14,7 @@ import refilled
 from refilled.config import RunConfig, SearchConfig, content_hash
 from refilled.data.label_space import NAMED_ORDERS, LabelSpaces
 from refilled.data.sources import validate_source
-from refilled.embedding_cache.site import epochs_with_teacher
 from refilled.errors import UserError
-from refilled.execution import cache_of
 from refilled.identity import run_key
 from refilled.methods import NO_TEACHER, has_embedding_stage, name_of
 from refilled.models import validate_model_name
@@ -30,14 +28,14 @@ from refilled.stages import (
     stages_of,
     with_own_code,
 )
-from refilled.storage.mirror import open_storage
-from refilled.storage.store import require_writable
+from refilled.storage import Storage
+from refilled.storage.run_folder import RunFolder
 from refilled.tasks.classification import load_task, verify_test_images
 from refilled.teacher import pretraining_run
 from refilled.user_code import blaming
 from tune.studies.space import as_data, default_point
 from tune.studies.study_store import StudyPlan
-from tune.studies.warm_start import donors
+from tune.studies.warm_start import source_cells
 
 # What the trials of a deterministic search depend on, beside its cells.
 _SHAPING = (
@@ -47,10 +45,11 @@ _SHAPING = (
     "sampler",
     "pruner",
     "transfer",
-    "share_embeddings",
+    "share_embeddings",  # a setting that is gone counts as off, so that stored searches keep their names
     "deterministic",
     "generation",
 )
+_RENAMED = {"generation": "trial_batch"}  # settings that had other names when studies were first named
 
 
 class Place(NamedTuple):
@@ -115,7 +114,7 @@ class Plan:
     """All cells of a search and what they share."""
 
     search: SearchConfig
-    storage: Path
+    storage: Storage
     cells: tuple[Cell, ...]
 
     @property
@@ -134,14 +133,9 @@ class Plan:
         }
         return {method: found[method] for method in self.search.methods}
 
-    def num_sharing_runs(self, per_study: int) -> int:
-        """Runs that ask the same teacher about the same images: of all students and methods of an overlap.
-
-        Args:
-            per_study: Runs of each study: its trials, or the refits of its winner.
-        """
-        asking = {cell.method for cell in self.cells if epochs_with_teacher(cell.run)}
-        return max(1, len(self.search.students) * len(asking) * per_study)
+    def run_folder(self, cell: Cell, run: RunConfig) -> RunFolder:
+        """The folder of a run of a cell, which need not exist."""
+        return RunFolder(self.storage, self.storage.root / "runs" / run_key(run, cell.spaces, cell.data_digest))
 
     @cached_property
     def key(self) -> str:
@@ -158,7 +152,9 @@ class Plan:
         search = self.search
         shape: list[object] = [search.experiment]
         if search.deterministic:
-            shape += [[name, getattr(search, name)] for name in _SHAPING] + [[each.identity for each in self.cells]]
+            shape += [[name, getattr(search, _RENAMED.get(name, name), False)] for name in _SHAPING] + [
+                [each.identity for each in self.cells]
+            ]
         studies = {}
         for index, cell in enumerate(self.cells):
             studies[cell.name] = StudyPlan(
@@ -167,7 +163,7 @@ class Plan:
                 run=cell.run,
                 num_trials=search.trials,
                 num_epochs=num_epochs_of(cell.run),
-                donors=donors(cell, self.cells[:index]),
+                source_cells=source_cells(cell, self.cells[:index]),
                 group=cell.group,
                 num_validation_images=cell.num_validation_images,
                 attributes={
@@ -184,7 +180,7 @@ def make_plan(search: SearchConfig) -> Plan:
     """Check the whole request and decode the training images.
 
     Raises:
-        UserError: for anything the search would stumble over later.
+        UserError: For anything the search would stumble over later.
     """
     for field_name, names in (("teachers", search.teachers), ("students", search.students)):
         for name in names:
@@ -192,8 +188,7 @@ def make_plan(search: SearchConfig) -> Plan:
     validate_source(search.run.data)
     methods = tuple(name_of(method) for method in search.methods)
     search = dataclasses.replace(search, run=_with_absolute_paths(search.run), methods=methods)
-    storage = open_storage(search.storage)
-    require_writable(storage, "storage")
+    storage = Storage.open(search.storage)
     cells: dict[str, Cell] = {}
     for overlap, teacher, student in itertools.product(search.overlaps, search.teachers, search.students):
         for method in search.methods:
@@ -210,16 +205,16 @@ def make_plan(search: SearchConfig) -> Plan:
         )
     for overlap in search.overlaps:
         first = next(cell for cell in plan.cells if cell.overlap == overlap)
-        verify_test_images(first.run, cache_of(storage), first.spaces.student)
+        verify_test_images(first.run, storage, first.spaces.student)
     return plan
 
 
-def _cell(template: RunConfig, method: str, overlap: float, teacher: str, student: str, storage: Path) -> Cell:
+def _cell(template: RunConfig, method: str, overlap: float, teacher: str, student: str, storage: Storage) -> Cell:
     place = dataclasses.replace(template, overlap=overlap, teacher=teacher, student=student)
     with blaming([name for _, name in named_by_user(dataclasses.replace(place, method=method, epochs=(1, 1)))]):
         run = run_of_method(place, method, template.epochs)
         default_point(run)
-    task = load_task(run, cache_of(storage))
+    task = load_task(run, storage)
     check_classes(run, task.spaces)
     return Cell(
         overlap=overlap,
@@ -238,7 +233,7 @@ def run_of_method(template: RunConfig, method: str, epochs: tuple[int, int]) -> 
     Args:
         template: What all methods share; of its terms' settings the method takes its own.
         method: A name or composition.
-        epochs: Of both stages, of a method that has two.
+        epochs: Epochs of both stages, of a method that has two.
     """
     own = epochs if has_embedding_stage(method) else (0, sum(epochs))
     return complete(with_own_code(dataclasses.replace(template, method=method, epochs=own)))
@@ -266,7 +261,7 @@ def _require_different(cells: list[Cell]) -> None:
             raise UserError(f"methods and networks must differ, but {first!r} and {cell.name!r} are the same.")
 
 
-def _rehearse(cells: list[Cell], storage: Path) -> None:
+def _rehearse(cells: list[Cell], storage: Storage) -> None:
     """Try what may not fit together, code of the user's and feature maps of two networks, before anything is trained.
 
     Raises:
@@ -278,7 +273,7 @@ def _rehearse(cells: list[Cell], storage: Path) -> None:
             what = run.method, cell.teacher, run.student
             on_maps = any("features" in stage.teacher_needs for stage in stages_of(run))
             if what not in tried and (on_maps or named_by_user(run)):
-                rehearse(run, load_task(run, cache_of(storage)))
+                rehearse(run, load_task(run, storage))
             tried.add(what)
 
 

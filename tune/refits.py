@@ -10,14 +10,15 @@ from optuna.trial import FrozenTrial
 
 from refilled.config import RunConfig
 from refilled.methods import VANILLA, has_embedding_stage
-from refilled.stages import needs_teacher
-from refilled.storage.store import read_json
 from tune.backend.cluster import Resources
 from tune.backend.jobs import JobSpec, run_jobs
 from tune.plan import Cell, Plan
+from tune.prepare import ON_ALL, prepare
 from tune.progress import Progress
+from tune.studies.cell_study import DONE
 from tune.studies.searcher import overrides_of
 from tune.studies.space import edges
+from tune.studies.study_store import ranked
 from tune.summary import MethodResult, Refits
 from tune.tracking.recorder import Recorder
 
@@ -53,17 +54,16 @@ def refit_winners(
     """Refit every winner with every seed and read the test set; a winner whose refits fail has no result."""
     groups = {name: _refits_of(plan, winner) for name, winner in winners.items()}
     wanted = {recorder.key(each.cell, each.run): each for group in groups.values() for each in group}
-    pretrain(plan, [each.run for each in wanted.values()], "pre-training teachers on all images", progress, resources)
+    missing = [each.run for each in wanted.values() if recorder.folder(each.cell, each.run).test_accuracy() is None]
+    prepare([(run, 1) for run in missing], plan.storage, progress, resources, suffix=ON_ALL)
     for each in wanted.values():
         recorder.open_refit(each.cell, each.run, each.role)
     progress.start_jobs("refitting winners", len(wanted))
     tested: dict[str, float | None] = {}
-    sharing = plan.num_sharing_runs(plan.search.seeds)
-    jobs = [JobSpec("refit", key, each.run, sharing) for key, each in wanted.items()]
+    jobs = [JobSpec("refit", key, each.run) for key, each in wanted.items()]
     for result in run_jobs(jobs, plan.storage, resources):
         each = wanted[result.job.name]
-        path = recorder.folder(each.cell, each.run).path / "test.json"
-        value = None if result.error else float(read_json(path)["test_accuracy"])
+        value = None if result.error else recorder.folder(each.cell, each.run).test_accuracy()
         if result.error is not None:
             progress.note(f"A refit of {each.cell.name} failed: {str(result.error).strip().splitlines()[-1]}")
         tested[recorder.close_refit(each.cell, each.run, value)] = value
@@ -71,23 +71,18 @@ def refit_winners(
     return _results(plan, winners, groups, tested, recorder)
 
 
-def pretrain(plan: Plan, runs: list[RunConfig], phase: str, progress: Progress, resources: Resources) -> None:
-    """Pre-train the different teachers that these runs need; a run whose teacher fails here tries again by itself."""
-    from refilled.teacher import teacher_folder
-
-    teachers: dict[str, RunConfig] = {}
-    for run in runs:
-        if needs_teacher(run):
-            folder = teacher_folder(run, plan.storage)
-            if folder.result() is None:
-                teachers.setdefault(folder.path.name, run)
-    if not teachers:
-        return
-    progress.start_jobs(phase, len(teachers))
-    for result in run_jobs([JobSpec("teacher", name, run) for name, run in teachers.items()], plan.storage, resources):
-        if result.error is not None:
-            progress.note(f"Pre-training {result.job.run.teacher} failed: {str(result.error).strip().splitlines()[-1]}")
-        progress.job_ended()
+def refitted(plan: Plan, trials: Mapping[str, Sequence[FrozenTrial]]) -> set[str]:
+    """Names of the cells in which all is done: no trial is left, and every refit of the best has read the test set."""
+    found = set()
+    for cell in plan.cells:
+        of_cell = trials.get(cell.name, ())
+        best = next(iter(ranked(of_cell)), None)
+        if best is None or sum(trial.state in DONE for trial in of_cell) < plan.search.trials:
+            continue
+        refits = _refits_of(plan, Winner(cell, best, {}))
+        if all(plan.run_folder(cell, each.run).test_accuracy() is not None for each in refits):
+            found.add(cell.name)
+    return found
 
 
 def _refits_of(plan: Plan, winner: Winner) -> list[_Refit]:

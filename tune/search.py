@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +24,15 @@ from refilled.config import SearchConfig
 from refilled.errors import UserError
 from refilled.methods import VANILLA, has_embedding_stage
 from refilled.presets import preset
-from refilled.storage.mirror import is_mirrored, location_of
-from refilled.storage.store import write_bytes, write_json
 from tune.backend.cluster import Resources, fit, ray_cluster, ray_environment
 from tune.cli import run_command, term_configs
 
 if TYPE_CHECKING:
-    from tune.forecast.forecast import Actual, Forecast, PhaseName
+    from optuna.trial import FrozenTrial
+
+    from tune.forecast.forecast import Forecast, PhaseName
     from tune.plan import Plan
     from tune.progress import Progress
-    from tune.sweep import SweepResult
 
 HELP = "Search every method's settings in every cell of overlap x teacher x student, refit the winners, test them once."
 
@@ -47,8 +46,8 @@ def main(search: SearchConfig) -> int:
 def _main(search: SearchConfig) -> int:
     import optuna
 
-    from tune.continuing import may_continue, only_driver, only_driver_of_database
     from tune.plan import make_plan
+    from tune.resume import may_continue, only_driver, only_driver_of_database
     from tune.studies.study_store import open_storage
     from tune.tracking.tracker import Tracker, resolve_tracking_uri
 
@@ -57,15 +56,11 @@ def _main(search: SearchConfig) -> int:
     plan = make_plan(search)
     _require_lasting_studies(plan)
     # What the user named is tried before anything of our own is created.
+    tracking_uri = resolve_tracking_uri(search.tracking_uri, plan.storage)
     named = open_storage(search.study_storage) if search.study_storage else None
     if search.dry_run:
         return _dry_run(plan, named, began_s)
-    tracking_uri = resolve_tracking_uri(search.tracking_uri, plan.storage)
-    artifacts = plan.storage / "artifacts"
-    with (
-        only_driver(plan),
-        Tracker(tracking_uri, search.experiment, artifact_root=artifacts, storage=plan.storage) as tracker,
-    ):
+    with only_driver(plan), Tracker(tracking_uri, search.experiment, plan.storage) as tracker:
         study_storage = named or open_storage(_own_storage(plan))
         with only_driver_of_database(plan, study_storage):
             if not may_continue(plan, study_storage):
@@ -74,12 +69,14 @@ def _main(search: SearchConfig) -> int:
 
 
 def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_s: float) -> int:
-    from tune.forecast.forecast import compare
+    from tune.forecast.forecast import Comparison
+    from tune.prepare import prepare
     from tune.progress import Progress
-    from tune.refits import pretrain, refit_winners
+    from tune.refits import refit_winners
+    from tune.resume import earlier_trials
     from tune.summary import remarks, rows, table
-    from tune.sweep import describe, run_search
     from tune.tracking.recorder import Recorder
+    from tune.trials import describe, run_search
 
     search = plan.search
     deadline_s = None if search.max_hours is None else began_s + 3600 * search.max_hours
@@ -88,73 +85,92 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_
     with _cluster(search):
         resources = fit(search)
         recorder.start_search()
-        forecast = _forecast(plan, resources, study_storage, began_s) if search.forecast else None
+        earlier = earlier_trials(plan, study_storage)
+        done = _num_done(earlier)
+        forecast = _forecast(plan, resources, earlier, began_s, console) if search.forecast else None
         if forecast is not None:
             console.print(forecast.table())
-        with Progress(console, began_s) as progress:
-            pretrain(plan, [cell.run for cell in plan.cells], "pre-training teachers", progress, resources)
-            sweep = run_search(plan, study_storage, recorder, progress, resources, deadline_s=deadline_s)
-            found = refit_winners(plan, sweep.winners, recorder, progress, resources)
+        with Progress(console, began_s, forecast) as progress:
+            left = [(cell.run, search.trials - done.get(cell.name, 0)) for cell in plan.cells]
+            prepare([each for each in left if each[1] > 0], plan.storage, progress, resources)
+            searched = run_search(plan, study_storage, recorder, progress, resources, deadline_s=deadline_s)
+            found = refit_winners(plan, searched.winners, recorder, progress, resources)
     results = rows(plan, found)
-    path = plan.storage / "summary.json"
-    write_json(path, results)
+    path = plan.storage.root / "summary.json"
+    plan.storage.write_json(path, results)
     console.print(table(results, search.seeds))
-    for line in [*remarks(results), *describe(sweep)]:
+    for line in [*remarks(results), *describe(searched)]:
         console.print(line, highlight=False)
-    actual = _actual(sweep, progress)
-    record = {"trials": sweep.to_json(), "actual": dataclasses.asdict(actual)}
+    epochs: dict[PhaseName, int] = {"trials": searched.epochs}
+    hours = _hours(progress)
+    record = {"trials": searched.to_json(), "actual": {"epochs": epochs, "hours": hours}}
     if forecast is not None:
-        comparison = compare(forecast, actual)
+        comparison = Comparison(forecast, progress.corrected, epochs, hours)
         console.print(comparison.table())
         record["forecast"] = comparison.to_json()
     missing = [cell.name for cell in plan.cells if cell not in [result.cell for result in found]]
     for name in missing:
         print(f"search: {name} has no result; its trials or refits failed.", file=sys.stderr)
     tracker.finish_search(status="FAILED" if missing else "FINISHED", artifacts=_artifacts(plan, path, record))
-    print(
-        f"Summary: {location_of(plan.storage)}/{path.name}\nMLflow: experiment {search.experiment!r} at {tracking_uri}"
-    )
+    print(f"Summary: {plan.storage.location}/{path.name}\nMLflow: experiment {search.experiment!r} at {tracking_uri}")
     return 1 if missing else 0
 
 
 def _dry_run(plan: Plan, study_storage: Any, began_s: float) -> int:
     """Print the forecast of what is left; nothing but timings is kept."""
+    from tune.resume import earlier_trials
     from tune.studies.study_store import open_storage
 
-    own = plan.storage / "studies.db"
+    own = plan.storage.root / "studies.db"
     if study_storage is None and own.exists():
         study_storage = open_storage(_own_storage(plan))
     with _cluster(plan.search):
-        _console().print(_forecast(plan, fit(plan.search), study_storage, began_s).table())
+        console, earlier = _console(), {} if study_storage is None else earlier_trials(plan, study_storage)
+        console.print(_forecast(plan, fit(plan.search), earlier, began_s, console).table())
     return 0
 
 
-def _forecast(plan: Plan, resources: Resources, study_storage: Any, began_s: float) -> Forecast:
-    from tune.continuing import earlier_trials
-    from tune.forecast.forecast import forecast
-    from tune.forecast.measure import measure_all
+def _num_done(earlier: Mapping[str, Sequence[FrozenTrial]]) -> dict[str, int]:
+    """Complete and pruned trials that studies have already, by the study's name."""
     from tune.studies.cell_study import DONE
 
-    timings = measure_all(plan, resources)
-    trials = {} if study_storage is None else earlier_trials(plan, study_storage)
-    done = {cell: sum(trial.state in DONE for trial in each) for cell, each in trials.items()}
+    return {name: sum(trial.state in DONE for trial in trials) for name, trials in earlier.items()}
+
+
+def _forecast(
+    plan: Plan, resources: Resources, earlier: Mapping[str, Sequence[FrozenTrial]], began_s: float, console: Console
+) -> Forecast:
+    from tune.forecast.forecast import forecast
+    from tune.forecast.measure import measure
+    from tune.forecast.workload import Workload
+    from tune.refits import refitted
+
+    calls = Workload(plan, resources.num_workers).calls()
+    timings = measure(plan, calls, resources, lambda text: console.print(text, highlight=False, markup=False))
     elapsed_s = None if plan.search.dry_run else time.monotonic() - began_s
-    return forecast(plan, resources, timings, done_trials=done, elapsed_s=elapsed_s)
+    return forecast(
+        plan,
+        resources,
+        timings,
+        done_trials=_num_done(earlier),
+        done=refitted(plan, earlier),
+        elapsed_s=elapsed_s,
+    )
 
 
-def _actual(sweep: SweepResult, progress: Progress) -> Actual:
-    """What the phases took; epochs are counted of trials."""
-    from tune.forecast.forecast import Actual
+def _hours(progress: Progress) -> dict[PhaseName, float]:
+    """What the phases took; a cache counts to its teacher."""
+    from tune.prepare import CACHES, ON_ALL, TEACHERS
 
-    names: dict[str, PhaseName] = {
-        "starting": "start",
-        "pre-training teachers": "teachers",
-        "searching": "trials",
-        "pre-training teachers on all images": "teachers on all images",
-        "refitting winners": "refits",
+    phases: dict[PhaseName, tuple[str, ...]] = {
+        "start": ("starting",),
+        "teachers": (TEACHERS, CACHES),
+        "trials": ("searching",),
+        "teachers on all images": (TEACHERS + ON_ALL, CACHES + ON_ALL),
+        "refits": ("refitting winners",),
     }
-    hours = {names[phase]: seconds / 3600 for phase, seconds in progress.phase_seconds().items()}
-    return Actual(epochs={"trials": sweep.epochs}, hours=hours)
+    seconds = progress.phase_seconds()
+    return {phase: sum(seconds.get(name, 0.0) for name in names) / 3600 for phase, names in phases.items()}
 
 
 def _cluster(search: SearchConfig) -> contextlib.AbstractContextManager[None]:
@@ -168,7 +184,7 @@ def _console() -> Console:
 
 def _require_lasting_studies(plan: Plan) -> None:
     """Refuse to keep the studies of an object store's searches on a machine that may be gone tomorrow."""
-    if plan.search.study_storage is None and is_mirrored(plan.storage):
+    if plan.search.study_storage is None and plan.storage.is_remote:
         raise UserError(
             f"study_storage must be the URL of a database, such as postgresql://HOST/optuna, where storage is an "
             f"object store, got none with {plan.search.storage}."
@@ -176,16 +192,16 @@ def _require_lasting_studies(plan: Plan) -> None:
 
 
 def _own_storage(plan: Plan) -> str:
-    return f"sqlite:///{plan.storage / 'studies.db'}"
+    return f"sqlite:///{plan.storage.root / 'studies.db'}"
 
 
 def _artifacts(plan: Plan, summary: Path, record: dict[str, Any]) -> Path:
     """A folder for the parent run: the summary, the whole configuration, and what the search did and took."""
-    folder = plan.storage / "searches" / plan.key
+    folder = plan.storage.root / "searches" / plan.key / "artifacts"
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / "summary.json", summary.read_bytes())
-    write_json(folder / "config.json", plan.search.to_dict())
-    write_json(folder / "search.json", record)
+    plan.storage.write(folder / "summary.json", summary.read_bytes())
+    plan.storage.write_json(folder / "config.json", plan.search.to_dict())
+    plan.storage.write_json(folder / "search.json", record)
     return folder
 
 

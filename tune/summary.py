@@ -48,8 +48,8 @@ class MethodResult:
         trial_run_key: Its key in MLflow.
         trial_run_id: Its id, none where MLflow has not taken it yet.
         counts: How the study's trials ended.
-        refits: Of the winner.
-        short: Of a vanilla student, with the classifier stage's epochs alone; none where there are none.
+        refits: The winner's refits.
+        short: Refits of a vanilla student with the classifier stage's epochs alone; none where there are none.
         edges: Settings of the winner at an end of their range.
     """
 

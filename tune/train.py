@@ -22,12 +22,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from refilled.config import Config, RunConfig, SearchConfig
-from refilled.config.base import require
+from refilled.config.fields import NonNegativeFloat, PositiveFloat
 from refilled.errors import UserError
 from refilled.methods import has_embedding_stage
 from refilled.presets import preset
-from refilled.storage import mirror
-from refilled.storage.mirror import location_of
 from tune.backend.cluster import connect, fit, ray_cluster, ray_environment
 from tune.cli import run_command, term_configs
 
@@ -51,9 +49,9 @@ class TrainConfig(Config):
     """Train on all training images, hold nothing out, and read the test set at the end."""
     workers: str = "1"
     """Workers of the TorchTrainer, or LEAST:MOST of them; the result does not depend on their number."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: PositiveFloat = 1.0
     """CPUs of one worker; torch uses as many threads, at least one."""
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: NonNegativeFloat = 0.0
     """GPUs of one worker."""
     storage: str = "runs"
     """Folder of caches, teachers, run folders and the MLflow store; or of an object store: s3://BUCKET/FOLDER."""
@@ -63,12 +61,12 @@ class TrainConfig(Config):
     """MLflow experiment."""
 
     def __post_init__(self) -> None:
-        """Check what `as_search` would name differently."""
-        require(
+        """Check also the workers, which `as_search` would name differently."""
+        super().__post_init__()
+        self.require(
             bool(_WORKERS.fullmatch(self.workers)) and 1 <= self.least_workers <= self.most_workers,
             "workers",
             "a number of at least 1, or LEAST:MOST such as 1:4",
-            self.workers,
         )
 
     @property
@@ -124,13 +122,11 @@ def main(config: TrainConfig) -> int:
 
         plan = make_plan(config.as_search())
         uri = resolve_tracking_uri(config.tracking_uri, plan.storage)
-        artifacts = plan.storage / "artifacts"
-        with Tracker(uri, config.experiment, artifact_root=artifacts, storage=plan.storage) as tracker:
+        with Tracker(uri, config.experiment, plan.storage) as tracker:
             return _train(config, plan, tracker)
 
 
 def _train(config: TrainConfig, plan: Plan, tracker: Any) -> int:
-    from refilled.storage.store import read_json
     from tune.backend.trainer import train_on_group
     from tune.tracking.recorder import Recorder
 
@@ -143,26 +139,34 @@ def _train(config: TrainConfig, plan: Plan, tracker: Any) -> int:
         resources = fit(plan.search)
         recorder.start_search(name=f"train {folder.path.name}")
         _open(recorder, cell, run, refit=config.refit)
-        with _Follower(folder, console):
-            job: Job = "refit" if config.refit else "run"
-            name = f"{job}-{folder.path.name}"
-            train_on_group(
-                job,
-                run.to_dict(),
-                location_of(plan.storage),
-                resources,
-                name,
-                most_workers=config.most_workers,
-                begin_anew=functools.partial(connect, with_dashboard=True),
-            )
-    row = folder.result() or {}
+        job: Job = "refit" if config.refit else "run"
+        try:
+            with _Follower(folder, console):
+                train_on_group(
+                    job,
+                    run.to_dict(),
+                    plan.storage,
+                    resources,
+                    f"{job}-{folder.path.name}",
+                    most_workers=config.most_workers,
+                    begin_anew=functools.partial(connect, with_dashboard=True),
+                )
+        except FloatingPointError as error:  # a result like others: these settings do not train
+            recorder.close_trial(cell, run, "failed", None)
+            tracker.finish_search(status="FAILED")
+            print(f"train: the run diverged and has no result. {error}", file=sys.stderr)
+            return 1
+    row = folder.result()
+    assert row is not None, "the group has finished it"
     if config.refit:
-        test_accuracy = float(read_json(folder.path / "test.json")["test_accuracy"])
+        test_accuracy = folder.test_accuracy()
+        assert test_accuracy is not None, "the group has tested it"
         recorder.close_refit(cell, run, test_accuracy)
         console.print(f"Test accuracy {100 * test_accuracy:.2f} %")
     else:
         recorder.close_trial(cell, run, "complete", row, with_artifacts=True)
-        console.print(f"Validation accuracy {100 * row['best_val_accuracy']:.2f} % (epoch {row['best_epoch']})")
+        assert row.best_val_accuracy is not None, "a run that is no refit has validation images"
+        console.print(f"Validation accuracy {100 * row.best_val_accuracy:.2f} % (epoch {row.best_epoch})")
     tracker.finish_search(status="FINISHED")
     key = recorder.key(cell, run)
     shown = recorder.run_ids([key])[key] or f"of run_key {key}, not delivered yet,"
@@ -200,12 +204,13 @@ class _Follower:
             self._print()
 
     def _print(self) -> None:
-        mirror.refresh(self._folder.metrics_path)
+        self._folder.storage.refresh(self._folder.metrics_path)
         for row in self._folder.rows()[self._num_printed :]:
-            accuracy = f", validation accuracy {100 * row['val_accuracy']:.2f} %" if "val_accuracy" in row else ""
+            value = row.val_accuracy
+            accuracy = "" if value is None else f", validation accuracy {100 * value:.2f} %"
             self._console.print(
-                f"epoch {row['epoch']} ({row['stage']}): loss {row['train_loss']:.4f}{accuracy}, "
-                f"{row['images_per_second']:.0f} images/s",
+                f"epoch {row.epoch} ({row.stage}): loss {row.train_loss:.4f}{accuracy}, "
+                f"{row.images_per_second:.0f} images/s",
                 highlight=False,
             )
             self._num_printed += 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from refilled.config import SearchConfig
 from refilled.errors import UserError
 from tune.backend.nodes import Nodes, may_grow_to, nodes_now
+from tune.backend.ray_private import require_answer
 
 # Read by Ray's processes when they start. The first makes a row cost 0.2 s instead of 2 s on its way from a Train
 # worker to Tune; the second bounds the wait for workers that a shrinking cluster cannot give.
@@ -38,11 +39,11 @@ class Resources:
     """What one worker takes, how many make a trial, and how many trials fit side by side.
 
     Attributes:
-        num_workers: of a trial.
-        cpus_per_worker: of each of them.
-        gpus_per_worker: of each of them.
-        slots: trials side by side on the cluster at its largest.
-        slots_now: trials side by side on the nodes that are there; 0 where the cluster has yet to grow.
+        num_workers: Workers of a trial.
+        cpus_per_worker: CPUs of each of them.
+        gpus_per_worker: GPUs of each of them.
+        slots: Trials side by side on the cluster at its largest.
+        slots_now: Trials side by side on the nodes that are there; 0 where the cluster has yet to grow.
     """
 
     num_workers: int
@@ -58,7 +59,7 @@ class Resources:
 
     @property
     def per_worker(self) -> dict[str, float]:
-        """In Ray's words."""
+        """CPUs and GPUs by Ray's names."""
         gpu = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
         return {"CPU": self.cpus_per_worker} | gpu
 
@@ -94,7 +95,7 @@ def ray_cluster(*, with_dashboard: bool) -> Iterator[None]:
     """A Ray to run on: the cluster of the job this is part of (RAY_ADDRESS), or a local one that ends with the block.
 
     Args:
-        with_dashboard: give a local Ray its dashboard, without which stopped TorchTrainer trials leak their workers.
+        with_dashboard: Give a local Ray its dashboard, without which stopped TorchTrainer trials leak their workers.
 
     Raises:
         UserError: RAY_ADDRESS names no cluster that can be reached, or one that asks for another token.
@@ -118,7 +119,7 @@ def connect(*, with_dashboard: bool) -> None:
     local = {} if address else {"include_dashboard": with_dashboard, "num_cpus": os.cpu_count()}
     try:
         if address and address != "auto" and "://" not in address:
-            _knock(address)
+            require_answer(address, CONNECT_S)
         ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **local)
     except AuthenticationError as error:
         raise UserError(
@@ -128,34 +129,6 @@ def connect(*, with_dashboard: bool) -> None:
         raise UserError(f"RAY_ADDRESS must name a running Ray cluster, got {address!r} ({error}).") from error
 
 
-def _knock(address: str) -> None:
-    """Ask a cluster once. `ray.init` asks 20 times, a minute each where nobody answers, with Ray's lines on stderr.
-
-    Raises:
-        UserError: nobody answers, or the cluster asks for another token.
-    """
-    try:
-        import grpc  # type: ignore[import-untyped]  # its types are a package of their own
-        from ray._private.grpc_utils import init_grpc_channel
-        from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
-        from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
-    except ImportError:  # another version of Ray
-        return
-    with init_grpc_channel(address) as channel:
-        try:
-            cluster = NodeInfoGcsServiceStub(channel)
-            cluster.GetClusterId(GetClusterIdRequest(), timeout=CONNECT_S, wait_for_ready=True)
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                raise UserError(
-                    f"RAY_AUTH_MODE must be token and RAY_AUTH_TOKEN_PATH a file with the token of the Ray cluster at "
-                    f"{address}, which refuses the present one."
-                ) from error
-            raise UserError(
-                f"RAY_ADDRESS must name a running Ray cluster, got {address!r} (no answer within {CONNECT_S:g} s)."
-            ) from error
-
-
 def fit(search: SearchConfig) -> Resources:
     """How many trials fit on the connected cluster side by side, now and at its largest.
 
@@ -163,7 +136,7 @@ def fit(search: SearchConfig) -> Resources:
     at all, so trials that wait for room never hold a part of it.
 
     Raises:
-        UserError: where not even one ever fits, with the numbers.
+        UserError: Where not even one ever fits, with the numbers.
     """
     now = nodes_now()
     return fit_nodes(search, now, may_grow_to() or now)
@@ -173,7 +146,7 @@ def fit_nodes(search: SearchConfig, now: Sequence[Nodes], largest: Sequence[Node
     """`fit` for the nodes that are there and those that there may be.
 
     Raises:
-        UserError: as `fit`.
+        UserError: As `fit`.
     """
     num_workers, cpus, gpus = search.workers_per_trial, search.cpus_per_worker, search.gpus_per_worker
     slots_now = _num_workers(now, cpus, gpus) // num_workers
@@ -182,14 +155,14 @@ def fit_nodes(search: SearchConfig, now: Sequence[Nodes], largest: Sequence[Node
         every = [*now, *largest]
         if not any(each.num_workers(cpus, gpus) for each in every):
             raise UserError(
-                f"cpus_per_worker and gpus_per_worker must fit a node: one worker needs {_say(cpus, gpus)}, "
+                f"cpus_per_worker and gpus_per_worker must fit a node: one worker needs {_format(cpus, gpus)}, "
                 f"{_largest_node(every)}."
             )
         totals = [_total(now), _total(largest)]
         raise UserError(
-            f"workers_per_trial must fit the cluster: one trial needs {num_workers} workers of {_say(cpus, gpus)}, the "
-            f"cluster's nodes have room for {max(_num_workers(each, cpus, gpus) for each in (now, largest))} "
-            f"({_say(*max(totals))} in all)."
+            f"workers_per_trial must fit the cluster: one trial needs {num_workers} workers of {_format(cpus, gpus)}, "
+            f"the cluster's nodes have room for {max(_num_workers(each, cpus, gpus) for each in (now, largest))} "
+            f"({_format(*max(totals))} in all)."
         )
     return Resources(
         num_workers=num_workers,
@@ -204,15 +177,15 @@ def workers_per_gpu(peak_bytes: int, total_bytes: int, gpus_per_worker: float) -
     """How many workers one GPU's memory holds.
 
     Args:
-        peak_bytes: most that a worker's tensors were measured to take.
-        total_bytes: the GPU's memory.
-        gpus_per_worker: of the search; 0 computes on CPUs, where nothing is checked.
+        peak_bytes: Most that a worker's tensors were measured to take.
+        total_bytes: The GPU's memory.
+        gpus_per_worker: GPUs of the search; 0 computes on CPUs, where nothing is checked.
 
     Returns:
         The number that fits, 0 where not even one does.
 
     Raises:
-        UserError: where `gpus_per_worker` puts more workers on one GPU than fit, with the numbers.
+        UserError: Where `gpus_per_worker` puts more workers on one GPU than fit, with the numbers.
     """
     fitting = total_bytes // (peak_bytes + PROCESS_BYTES)
     promised = math.floor(1 / gpus_per_worker + 1e-9) if 0 < gpus_per_worker < 1 else int(gpus_per_worker > 0)
@@ -239,8 +212,8 @@ def _largest_node(nodes: Sequence[Nodes]) -> str:
     if not nodes:
         return "and the cluster has no node"
     largest = max(nodes, key=lambda each: (each.gpus, each.cpus))
-    return f"the largest node has {_say(largest.cpus, largest.gpus)}"
+    return f"the largest node has {_format(largest.cpus, largest.gpus)}"
 
 
-def _say(cpus: float, gpus: float) -> str:
+def _format(cpus: float, gpus: float) -> str:
     return f"{cpus:g} CPUs and {gpus:g} GPUs"

@@ -1,4 +1,4 @@
-"""Jobs beside the trials: teachers before the search, refits after it."""
+"""Jobs beside the trials: teachers and their embedding caches before the search, refits after it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import queue
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from refilled.config import RunConfig
-from refilled.storage.mirror import location_of
+from refilled.storage import Storage
 from tune.backend.cluster import Resources
 from tune.backend.trainer import train_on_group
 from tune.backend.worker import Job, work
@@ -17,12 +16,11 @@ from tune.backend.worker import Job, work
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One job; `name` is unique among the jobs of a search, `num_sharing_runs` as in `tune.backend.worker.work`."""
+    """One job; `name` is unique among the jobs of a search."""
 
     kind: Job
     name: str
     run: RunConfig
-    num_sharing_runs: int = 1
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class JobResult:
     error: Exception | None
 
 
-def run_jobs(jobs: Sequence[JobSpec], storage: Path, resources: Resources) -> Iterator[JobResult]:
+def run_jobs(jobs: Sequence[JobSpec], storage: Storage, resources: Resources) -> Iterator[JobResult]:
     """Do all jobs, as many side by side as fit, and yield each as it ends; a failed one does not stop the others."""
     done: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
 
@@ -43,8 +41,7 @@ def run_jobs(jobs: Sequence[JobSpec], storage: Path, resources: Resources) -> It
                 _on_one_worker(job, storage, resources)
             else:
                 name = f"{job.kind}-{job.run.content_hash()}"
-                config, sharing = job.run.to_dict(), job.num_sharing_runs
-                train_on_group(job.kind, config, location_of(storage), resources, name, num_sharing_runs=sharing)
+                train_on_group(job.kind, job.run.to_dict(), storage, resources, name)
         except Exception as error:  # whatever ends one job must reach the caller, not end a thread silently
             done.put(JobResult(job, error))
         else:
@@ -57,7 +54,7 @@ def run_jobs(jobs: Sequence[JobSpec], storage: Path, resources: Resources) -> It
             yield done.get()
 
 
-def _on_one_worker(job: JobSpec, storage: Path, resources: Resources) -> None:
+def _on_one_worker(job: JobSpec, storage: Storage, resources: Resources) -> None:
     import ray
 
     task = ray.remote(work).options(
@@ -67,9 +64,8 @@ def _on_one_worker(job: JobSpec, storage: Path, resources: Resources) -> None:
         task.remote(
             job.kind,
             job.run.to_dict(),
-            location_of(storage),
+            storage,
             num_threads=resources.num_threads,
             num_gpus=resources.gpus_per_worker,
-            num_sharing_runs=job.num_sharing_runs,
         )
     )

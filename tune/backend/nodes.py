@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from tune.backend.ray_private import autoscaler_file, reported_node_groups
 
 MAX_NODES = 1000  # of one kind, where the configuration sets no limit
 
@@ -46,10 +47,10 @@ def may_grow_to() -> list[Nodes] | None:
     Two places say so. Some autoscalers report their node groups to Ray's own store. The one of Ray's cluster launcher
     is a process beside the head node that is given a file, which a driver on that node, such as a job's, can read.
     """
-    groups = _reported_groups()
+    groups = reported_node_groups()
     if groups is not None:
-        return groups
-    path = _autoscaler_file()
+        return [_node(resources, MAX_NODES if count < 0 else count) for resources, count in groups]
+    path = autoscaler_file()
     if path is None:
         return None
     import yaml  # type: ignore[import-untyped]  # its types are a package of their own
@@ -65,7 +66,7 @@ def launcher_nodes(config: Mapping[str, Any]) -> list[Nodes]:
     """The largest cluster that a configuration of Ray's cluster launcher allows.
 
     Args:
-        config: with `available_node_types` (`resources`, `max_workers`), `head_node_type` and `max_workers`.
+        config: A mapping with `available_node_types` (`resources`, `max_workers`), `head_node_type` and `max_workers`.
     """
     kinds, head = config["available_node_types"], config.get("head_node_type")
     nodes = [_node(kinds[head].get("resources", {}), 1)] if head in kinds else []
@@ -85,36 +86,3 @@ def launcher_nodes(config: Mapping[str, Any]) -> list[Nodes]:
 
 def _node(resources: Mapping[str, float], count: int) -> Nodes:
     return Nodes(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)), count)
-
-
-def _reported_groups() -> list[Nodes] | None:
-    """Node groups in Ray's own store. Ray's libraries read them there too, but Ray has no public function for it."""
-    try:
-        from ray._private.state import state
-
-        config = state.get_cluster_config()
-    except (ImportError, AttributeError):  # another version of Ray
-        return None
-    if config is None or not config.node_group_configs:
-        return None
-    return [
-        _node(dict(group.resources), MAX_NODES if group.max_count < 0 else group.max_count)
-        for group in config.node_group_configs
-    ]
-
-
-def _autoscaler_file() -> Path | None:
-    """The file that this machine's autoscaler process of the connected cluster was given."""
-    import ray
-
-    try:
-        import psutil  # type: ignore[import-untyped]  # comes with Ray, which must be imported first, untyped
-    except ImportError:
-        return None
-    address = f"--gcs-address={ray.get_runtime_context().gcs_address}"
-    for process in psutil.process_iter(["cmdline"]):
-        words: Sequence[str] = process.info["cmdline"] or ()
-        files = [word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")]
-        if files and files[0] and address in words and any(word.endswith("monitor.py") for word in words):
-            return Path(files[0]).expanduser()
-    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from refilled.storage import Storage
 from tune.backend.cluster import Resources
 from tune.backend.network import torch_config
 from tune.backend.worker import Job, train_fn_per_worker
@@ -19,13 +20,11 @@ MAX_CONTROLLER_LOSSES = 5
 def train_on_group(
     job: Job,
     config: Mapping[str, Any],
-    storage: str,
+    storage: Storage,
     resources: Resources,
     name: str,
     *,
     most_workers: int | None = None,
-    num_sharing_runs: int = 1,
-    share_embeddings: bool = False,
     callbacks: tuple[Any, ...] = (),
     begin_anew: Callable[[], None] | None = None,
 ) -> None:
@@ -35,22 +34,20 @@ def train_on_group(
     run's checkpoint.
 
     Args:
-        job: see `tune.backend.worker.work`.
-        config: of a `RunConfig`, as a dict.
-        storage: absolute path shared by all workers, or an object store's URL.
-        resources: of the group.
-        name: of the Ray Train run.
-        most_workers: let the group grow to so many where the cluster has room; none: it keeps its size.
-        num_sharing_runs: see `tune.backend.worker.work`.
-        share_embeddings: see `tune.backend.worker.work`.
-        callbacks: of Ray Train, such as the one that hands rows to Tune; without one no row goes through Ray.
-        begin_anew: end this driver's job and begin another one, called after a controller was lost: Ray keeps a
+        job: See `tune.backend.worker.work`.
+        config: A `RunConfig` as a dict.
+        storage: Shared by all workers.
+        resources: Resources of the group.
+        name: The name of the Ray Train run.
+        most_workers: Let the group grow to so many where the cluster has room; none: it keeps its size.
+        callbacks: Callbacks of Ray Train, such as the one that hands rows to Tune; without one no row goes through Ray.
+        begin_anew: End this driver's job and begin another one, called after a controller was lost: Ray keeps a
             placement group that was still pending then until the job ends. None where the job has more to do.
 
     Raises:
-        FloatingPointError: the run diverged; with callbacks that is said in a last row instead.
-        UserError: likewise.
-        ray.train.TrainingFailedError: whatever else went wrong, again and again.
+        FloatingPointError: The run diverged; with callbacks that is said in a last row instead.
+        UserError: Likewise.
+        ray.train.TrainingFailedError: Whatever else went wrong, again and again.
     """
     import ray.exceptions
     import ray.train
@@ -59,8 +56,6 @@ def train_on_group(
         "job": job,
         "config": dict(config),
         "storage": storage,
-        "num_sharing_runs": num_sharing_runs,
-        "share_embeddings": share_embeddings,
     }
     if most_workers == resources.num_workers:
         most_workers = None
@@ -104,7 +99,7 @@ def _trainer(
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=f"{given['storage']}/ray",
+            storage_path=f"{given['storage'].location}/ray",
             # A group that cannot start is retried for ever by default; five times is a minute or two.
             failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=5),
             callbacks=list(callbacks),
@@ -127,9 +122,7 @@ def _may_pass(loss: Exception, *, is_elastic: bool) -> bool:
     return isinstance(cause, ray.exceptions.RayActorError) or (is_elastic and is_timeout)
 
 
-def train_driver_fn(
-    sample: Mapping[str, Any], *, storage: str, resources: Resources, num_sharing_runs: int, share_embeddings: bool
-) -> None:
+def train_driver_fn(sample: Mapping[str, Any], *, storage: Storage, resources: Resources) -> None:
     """One Tune trial that drives a TorchTrainer whose rows go to Tune."""
     import ray.tune
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -141,7 +134,5 @@ def train_driver_fn(
         storage,
         resources,
         name,
-        num_sharing_runs=num_sharing_runs,
-        share_embeddings=share_embeddings,
         callbacks=(TuneReportCallback(),),
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from refilled.storage.mirror import location_of
+from refilled.storage import Storage
 from tune.backend.cluster import Resources
+from tune.backend.ray_private import has_dashboard
 from tune.backend.worker import Body, trial, work
 
 MAX_FAILURES = 5
@@ -26,40 +26,31 @@ class TrialFunction:
 
 def trial_function(
     resources: Resources,
-    storage: Path,
+    storage: Storage,
     *,
-    num_sharing_runs: int,
     backend: str,
-    share_embeddings: bool = False,
     body: Body = work,
 ) -> TrialFunction:
     """The function that trains one suggestion of the searcher.
 
     Args:
-        resources: of one trial.
-        storage: shared by all workers.
-        num_sharing_runs: see `tune.backend.worker.work`.
+        resources: Resources of one trial.
+        storage: Shared by all workers.
         backend: `SearchConfig.trial_backend`.
-        share_embeddings: see `tune.backend.worker.work`.
-        body: in place of `work`, to measure what a trial costs beside it; not for a TorchTrainer.
+        body: Replaces `work`, to measure what a trial costs beside it; not for a TorchTrainer.
     """
     import ray.tune
 
     from tune.backend.trainer import train_driver_fn
     from tune.backend.worker_group import group_trial
 
-    shared = {
-        "storage": location_of(storage),
-        "num_sharing_runs": num_sharing_runs,
-        "share_embeddings": share_embeddings,
-    }
     if backend == "torch_trainer":
         assert body is work, "a TorchTrainer does the work itself"
-        function = ray.tune.with_parameters(train_driver_fn, resources=resources, **shared)
+        function = ray.tune.with_parameters(train_driver_fn, resources=resources, storage=storage)
         # A driver holds no CPU, or drivers could take what their own workers need; it sits on the head node.
         on_head = ray.tune.with_resources(function, {"node:__internal_head__": 0.001})
         return TrialFunction(on_head, reuse_actors=False, has_trainer=True)
-    arguments = {"num_threads": resources.num_threads, "num_gpus": resources.gpus_per_worker, **shared}
+    arguments = {"num_threads": resources.num_threads, "num_gpus": resources.gpus_per_worker, "storage": storage}
     if resources.num_workers == 1:
         function = ray.tune.with_parameters(trial, arguments=arguments, body=body)
     else:
@@ -75,25 +66,25 @@ def run_trials(
     *,
     slots: int,
     name: str,
-    storage: Path,
+    storage: Storage,
     callbacks: Sequence[Any] = (),
 ) -> None:
     """Run trials until the searcher has no more; a trial whose process ends is started again `MAX_FAILURES` times.
 
     Args:
-        function: of a trial.
-        searcher: suggests trials, and is told their rows.
-        scheduler: decides after every row.
-        slots: trials side by side.
-        name: of the Tune run.
+        function: The function of a trial.
+        searcher: Suggests trials, and takes their rows.
+        scheduler: Decides after every row.
+        slots: Trials side by side.
+        name: The name of the Tune run.
         storage: Tune's own files go to `ray/` in it.
-        callbacks: of Tune.
+        callbacks: Callbacks of Tune.
     """
     import ray.tune
 
     # With a TorchTrainer inside, a reused process would hang the search at the first early stop, and without the
     # dashboard, which is asked whether a stopped trial's driver lives, its workers would hold their CPUs for ever.
-    assert not (function.has_trainer and (function.reuse_actors or not _has_dashboard()))
+    assert not (function.has_trainer and (function.reuse_actors or not has_dashboard()))
     tuner = ray.tune.Tuner(
         function.function,
         tune_config=ray.tune.TuneConfig(
@@ -106,7 +97,7 @@ def run_trials(
         ),
         run_config=ray.tune.RunConfig(
             name=name,
-            storage_path=f"{location_of(storage)}/ray",
+            storage_path=f"{storage.location}/ray",
             failure_config=ray.tune.FailureConfig(max_failures=MAX_FAILURES),
             verbose=0,
             callbacks=list(callbacks),
@@ -115,13 +106,6 @@ def run_trials(
     # Without Tune's own result files, which the run folders replace, it would list every trial as having none.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     tuner.fit()
-
-
-def _has_dashboard() -> bool:
-    """Whether the connected Ray has one; no public function says so to a driver that did not start it."""
-    from ray._private.worker import get_dashboard_url
-
-    return bool(get_dashboard_url())
 
 
 def _trial_folder(trial: Any) -> str:

@@ -10,7 +10,6 @@ is in a new process (`known_process_state`).
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from refilled.config import Precision, RunConfig
 from refilled.errors import UserError, storage_full
+from refilled.metrics import Report, TrialEnd
+from refilled.storage import Storage
 
 if TYPE_CHECKING:
     from refilled.training.compute import Compute
 
-Job = Literal["teacher", "run", "refit"]
-Row = dict[str, Any]
-Report = Callable[[Row], None]
+Job = Literal["teacher", "embeddings", "run", "refit"]
 Body = Callable[..., None]
 """`work`, or what a measurement puts in its place."""
 
@@ -33,9 +32,6 @@ class WorkersLostError(Exception):
     """Workers of a group ended again and again; the message says how."""
 
 
-STOP_SEARCH = "stop_search"
-"""Field of a last row: why the whole search cannot go on, which is not this trial's failure."""
-
 FINAL_ERRORS = (FloatingPointError, UserError, WorkersLostError)
 """What would only come again: a run that diverged, bad input, workers that do not live."""
 
@@ -43,89 +39,78 @@ FINAL_ERRORS = (FloatingPointError, UserError, WorkersLostError)
 def work(
     job: Job,
     config: Mapping[str, Any],
-    storage: str,
+    storage: Storage,
     *,
     num_threads: int,
     num_gpus: float,
-    num_sharing_runs: int = 1,
-    share_embeddings: bool = False,
     on_report: Report | None = None,
 ) -> None:
-    """Do one job on this worker or this group of workers; what comes of it is in the run's folder.
+    """Do one job on this worker or this group of workers; what comes of it is in the storage.
 
     Args:
-        job: pre-train the configuration's teacher, do its run, or do its run as a refit and read the test set.
-        config: of a `RunConfig`, as a dict.
-        storage: absolute path shared by all workers, or an object store's URL.
-        num_threads: of torch.
-        num_gpus: this worker's share; above 0 the run computes on its GPU.
-        num_sharing_runs: runs that ask the same teacher about the same images, and would share its bank.
-        share_embeddings: let a run take its embedding stage from another one (see `refilled.execution.execute`).
-        on_report: takes the rows.
+        job: Pre-train the configuration's teacher, compute its embedding cache, do its run, or do its run as a refit
+            and read the test set.
+        config: A `RunConfig` as a dict.
+        storage: Shared by all workers.
+        num_threads: Threads of torch.
+        num_gpus: This worker's share; above 0 the run computes on its GPU.
+        on_report: Takes the rows of a run.
     """
-    from refilled.execution import execute, pretrain_once, refit
-    from refilled.storage.mirror import open_storage
+    from refilled.execution import embed_once, execute, pretrain_once, refit
 
-    run, folder = RunConfig.from_dict(config), open_storage(storage)
+    run = RunConfig.from_dict(config)
     with known_process_state(run.seed, num_threads):
         compute = _compute(run.precision, num_gpus)
         if job == "teacher":
-            pretrain_once(run, folder, compute)
+            pretrain_once(run, storage, compute)
+        elif job == "embeddings":
+            embed_once(run, storage, compute)
         elif job == "refit":
-            refit(run, folder, compute, on_report, num_sharing_runs=num_sharing_runs)
+            refit(run, storage, compute, on_report)
         else:
-            execute(
-                run,
-                folder,
-                compute,
-                on_report,
-                num_sharing_runs=num_sharing_runs,
-                share_embeddings=share_embeddings,
-            )
+            execute(run, storage, compute, on_report)
 
 
 def trial(sample: Mapping[str, Any], *, arguments: Mapping[str, Any], body: Body = work) -> None:
     """One Tune trial on one worker.
 
     Args:
-        sample: what the searcher suggests; its `config` is a whole run.
-        arguments: of `work`, but for `job`, `config` and `on_report`.
-        body: takes the arguments of `work`.
+        sample: What the searcher suggests; its `config` is a whole run.
+        arguments: Those of `work`, but for `job`, `config` and `on_report`.
+        body: Takes the arguments of `work`.
     """
     import ray.tune
 
     def train(report: Report) -> None:
         body("run", sample["config"], **arguments, on_report=report)
 
-    with_last_word(train, ray.tune.report)
+    report_trial(train, ray.tune.report)
 
 
-def with_last_word(train: Callable[[Report], None], report: Report) -> None:
-    """Train, and make of an error that is final a last row, whose value is not a number, instead of raising it.
+def report_trial(train: Callable[[Report], None], send: Callable[[dict[str, Any]], None]) -> None:
+    """Run a trial; report a final error as the trial's end, because Tune would try again after an exception.
 
-    Tune would try a trial that raises again. Of this row the searcher makes a failed trial. It has `epoch`, the one
-    after the last that was reported; `val_accuracy`, NaN; `finished`, false; `diverged`, whether the loss was no longer
-    finite; and `failure`, the error's message. Where the disk is full the row has `stop_search`, what to do, instead of
-    the last two.
+    Args:
+        train: Runs it, and passes its rows on.
+        send: Takes a row, or how the trial ended, as a dict.
     """
-    epoch = 0
-
-    def remember(row: Row) -> None:
-        nonlocal epoch
-        epoch = row["epoch"]
-        report(row)
-
     try:
-        train(remember)
+        train(lambda row: send(row.to_dict()))
     except Exception as error:
-        full = storage_full(error)
-        if full is not None:
-            reason: Row = {STOP_SEARCH: str(full)}
-        elif isinstance(error, FINAL_ERRORS):
-            reason = {"diverged": isinstance(error, FloatingPointError), "failure": str(error)}
-        else:
+        end = trial_end(error)
+        if end is None:
             raise
-        report({"epoch": epoch + 1, "val_accuracy": math.nan, "finished": False, **reason})
+        send(end.to_dict())
+
+
+def trial_end(error: Exception) -> TrialEnd | None:
+    """What a final error says of a trial; none of an error after which the trial may be tried again."""
+    full = storage_full(error)
+    if full is not None:
+        return TrialEnd("storage_full", str(full))
+    if isinstance(error, FINAL_ERRORS):
+        return TrialEnd("diverged" if isinstance(error, FloatingPointError) else "failed", str(error))
+    return None
 
 
 def train_fn_per_worker(arguments: dict[str, Any]) -> Exception | None:
@@ -138,7 +123,7 @@ def train_fn_per_worker(arguments: dict[str, Any]) -> Exception | None:
 
     wanted = dict(arguments)
     if wanted.pop("reports"):
-        with_last_word(lambda report: work(**wanted, on_report=report), ray.train.report)
+        report_trial(lambda report: work(**wanted, on_report=report), ray.train.report)
         return None
     try:
         work(**wanted)
@@ -160,9 +145,9 @@ def known_process_state(seed: int, num_threads: int) -> Iterator[None]:
     operators), is left alone.
 
     Args:
-        seed: of torch's, NumPy's and Python's generators. No number of a run comes from them; should one ever, it
-            would depend on the run and not on what ran before.
-        num_threads: of torch.
+        seed: The seed of torch's, NumPy's and Python's generators. No number of a run comes from them; should one
+            ever, it would depend on the run and not on what ran before.
+        num_threads: Threads of torch.
     """
     import numpy as np
     import torch

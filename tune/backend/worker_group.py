@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from refilled import distributed
+from refilled.metrics import EpochMetrics, Report
 from tune.backend.cluster import Resources
 from tune.backend.network import use_node_address
-from tune.backend.worker import FINAL_ERRORS, Body, Report, Row, WorkersLostError, with_last_word, work
+from tune.backend.worker import FINAL_ERRORS, Body, WorkersLostError, report_trial, work
 
 MAX_REPEATS = 5
 RENDEZVOUS_S = 60.0  # for all workers to find each other
@@ -38,10 +39,10 @@ def group_trial(
     """One Tune trial on the workers of this process's group; the arguments are those of `tune.backend.worker.trial`.
 
     Args:
-        sample: what the searcher suggests.
-        arguments: of `work`.
-        resources: of the trial, whose placement group has a bundle for each worker.
-        body: takes the arguments of `work`, on every rank.
+        sample: What the searcher suggests.
+        arguments: The arguments of `work`.
+        resources: Resources of the trial, whose placement group has a bundle for each worker.
+        body: Takes the arguments of `work`, on every rank.
     """
     import ray.tune
 
@@ -50,7 +51,7 @@ def group_trial(
     def train(report: Report) -> None:
         group.run(body, {"job": "run", "config": sample["config"], **arguments}, report)
 
-    with_last_word(train, ray.tune.report)
+    report_trial(train, ray.tune.report)
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,12 @@ class WorkerGroup:
         """Do a run on all workers; where a helper is lost, again, with new ones.
 
         Args:
-            body: takes the arguments and `on_report`, on every rank.
-            arguments: of it.
-            report: takes the rows of rank 0; what it raises ends the run on all ranks, which stay alive.
+            body: Takes the arguments and `on_report`, on every rank.
+            arguments: The arguments of it.
+            report: Takes the rows of rank 0; what it raises ends the run on all ranks, which stay alive.
 
         Raises:
-            WorkersLostError: helpers ended in every one of `1 + MAX_REPEATS` attempts.
+            WorkersLostError: Helpers ended in every one of `1 + MAX_REPEATS` attempts.
         """
         for attempt in range(1 + MAX_REPEATS):
             self._make_ready()
@@ -220,7 +221,7 @@ def _group_of_this_process(resources: Resources) -> WorkerGroup:
     return WorkerGroup(resources)
 
 
-def _lead(report: Report, row: Row) -> None:
+def _lead(report: Report, row: EpochMetrics) -> None:
     """Report on rank 0, and say to the helpers whether the run goes on."""
     try:
         report(row)
@@ -231,7 +232,7 @@ def _lead(report: Report, row: Row) -> None:
     distributed.agree(True)
 
 
-def _follow(row: Row) -> None:
+def _follow(row: EpochMetrics) -> None:
     if not distributed.agree(True):
         raise _LeftByRankZero
 
@@ -241,9 +242,9 @@ def _process_group(store: Any, member: Membership, on_error: Any = None) -> Iter
     """The run's process group.
 
     Args:
-        store: of torch.distributed; ends up connected to all workers.
-        member: this worker.
-        on_error: called with the group still standing, when the block raises what is not final.
+        store: The store of torch.distributed; ends up connected to all workers.
+        member: This worker.
+        on_error: Called with the group still standing, when the block raises what is not final.
     """
     import torch
     import torch.distributed as dist

@@ -4,8 +4,8 @@ Every study first gets an equal share of the trials and of the epochs. What is h
 studies left unspent, then goes where a winner is least certain: one more trial for every method that is compared there,
 or for none, so that nobody compares a long search with a short one.
 
-By generations (`deterministic`) such trials are given out in rounds, each decided when nothing runs, and written down
-first; a search that continues finds the same decision.
+By batches (`deterministic`) such trials are given out in rounds, each decided when nothing runs, and stored first; a
+search that continues finds the same decision.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Allocation:
     """Serves the cells of a search.
 
     Args:
-        cells: in the order of their plans; donors come before those that they give to.
-        budget: of the search.
-        deterministic: decide only when what the decision looks at can no longer change.
-        transfer: let cells wait for their neighbours' winners where that leaves nobody idle (with `deterministic`:
-            always).
+        cells: The studies in the order of their plans; source cells come before those that start from them.
+        budget: What the search may spend.
+        deterministic: Decide only when what the decision looks at can no longer change.
+        transfer: Let cells wait for the winners of their source cells where that leaves no slot idle (with
+            `deterministic`: always).
     """
 
     def __init__(self, cells: Sequence[CellStudy], budget: Budget, *, deterministic: bool, transfer: bool) -> None:
@@ -74,15 +74,15 @@ class Allocation:
         return cell, self._room(cell)
 
     def is_settled(self, cell: CellStudy) -> bool:
-        """Whether the cell had its equal share, so that its winner is worth handing on."""
+        """Whether the cell had its equal share, so that others may start from its winner."""
         return cell.running == 0 and (cell.remaining == 0 or self._room(cell) == 0)
 
-    def donors(self, cell: CellStudy) -> list[CellStudy]:
-        """The neighbours that give their winners to a cell; none where transfer is off."""
-        return [self._by_key[key] for key in cell.plan.donors] if self._transfer else []
+    def source_cells(self, cell: CellStudy) -> list[CellStudy]:
+        """The cells whose winners a cell tries first; none where transfer is off."""
+        return [self._by_key[key] for key in cell.plan.source_cells] if self._transfer else []
 
     def _most_urgent(self, candidates: Sequence[CellStudy]) -> CellStudy:
-        """Cells whose donors are settled go first, a few trials side by side, so that winners can be handed on.
+        """Cells whose source cells are settled go first, a few trials side by side, so that others can start from them.
 
         Without transfer, and where hours may end the search at any time, the cell that is furthest behind goes first.
         """
@@ -94,7 +94,7 @@ class Allocation:
         return (narrow or ready or begun or list(candidates))[0]
 
     def _is_ready(self, cell: CellStudy) -> bool:
-        return all(self.is_settled(donor) for donor in self.donors(cell))
+        return all(self.is_settled(source) for source in self.source_cells(cell))
 
     def _room(self, cell: CellStudy) -> int:
         """Trials for which the cell's share has room; a share has room for one trial at least."""
@@ -112,7 +112,7 @@ class Allocation:
         return deadline_s is not None and time.monotonic() + cell.trial_s >= deadline_s
 
     def _num_extra(self) -> int:
-        """Trials that the budget still has for anyone; those of cells that gave up are nobody's."""
+        """Trials that the budget still has for anyone; those of cells that gave up are not counted."""
         cells = [cell for cell in self._cells if not cell.gave_up]
         left = sum(cell.plan.num_trials - cell.started for cell in cells)
         if cells and self._budget.max_epochs_total is not None:

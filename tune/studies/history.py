@@ -1,13 +1,13 @@
-"""What a sampler learns from: more than the complete trials of its own study.
+"""The history that a sampler is shown: more than the complete trials of its own study.
 
-Optuna's samplers make little of a trial that was stopped (a Gaussian process nothing), and know one study alone. Here
-they see a study made for one draw, in which
+Optuna's samplers make little of a pruned trial (a Gaussian process nothing), and read one study alone. Here each draw
+gets an in-memory study, in which
 
-- a stopped trial has the value that it would probably have ended with, which at late rungs is known well;
-- trials that neighbouring cells gave are there too, on the level of this cell's values, while it has few of its own;
+- a pruned trial has the value that it would probably have ended with, which at late rungs is predictable;
+- trials of source cells are there too, shifted to the level of this cell's values, while it has few of its own;
 - of a long study's trials only the best and the newest are there.
 
-The study itself is not touched: what it holds stays what happened.
+The study itself is not changed.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-# Trials of its own that ended, after which a cell knows more than its neighbours could tell it. Chosen among 0, 8
-# and 16 on replayed digits: 16 made the slower of two pairs of neighbours worse, 0 left out what helped the other.
+# Ended trials of a cell's own, after which those of source cells are left out. Chosen among 0, 8 and 16 on simulated
+# searches of the digits: 16 made the slower of two pairs of cells worse, 0 left out what helped the other.
 MAX_OWN_TRIALS = 8
 # A Gaussian process of more points takes seconds for a draw, in which no other trial is served.
 MAX_SHOWN = 100
 
 
-def known(
-    trials: Sequence[FrozenTrial], number: int, given: Mapping[str, Sequence[FrozenTrial]]
+def history(
+    trials: Sequence[FrozenTrial], number: int, source_trials: Mapping[str, Sequence[FrozenTrial]]
 ) -> tuple[optuna.Study, FrozenTrial]:
-    """A study to draw one trial from.
+    """The study to draw one trial from.
 
     Args:
-        trials: of the cell's study, in order.
-        number: of the trial that is drawn.
-        given: trials of neighbours, by neighbour.
+        trials: All trials of the cell's study, in order.
+        number: Number of the trial that is drawn.
+        source_trials: Trials of source cells, by source cell.
 
     Returns:
         The study, in memory, and its last trial, which stands for the one that is drawn.
@@ -46,7 +46,7 @@ def known(
     ended = [trial for trial in own if trial.state == TrialState.COMPLETE]
     others = []
     if len(ended) < MAX_OWN_TRIALS:
-        others = [each for trials_of_one in given.values() for each in _on_level(trials_of_one, ended)]
+        others = [each for each_cell in source_trials.values() for each in _on_level(each_cell, ended)]
     storage = InMemoryStorage()
     study_id = storage.create_new_study([StudyDirection.MAXIMIZE])
     for trial in [*others, *own]:
@@ -72,29 +72,29 @@ def _counts(trial: FrozenTrial) -> bool:
 
 
 def _as_seen(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> FrozenTrial:
-    """The trial, or a complete one in the place of a stopped one."""
+    """The trial, or a complete one in the place of a pruned one."""
     if trial.state != TrialState.PRUNED:
         return trial
     return _complete(trial, expected_value(trial, trials))
 
 
-def expected_value(stopped: FrozenTrial, trials: Sequence[FrozenTrial]) -> float:
-    """What a stopped trial would probably have ended with.
+def expected_value(pruned: FrozenTrial, trials: Sequence[FrozenTrial]) -> float:
+    """What a pruned trial would probably have ended with.
 
-    It is its last value and what complete trials gained after that epoch, in the median; nothing where there are none.
+    It is its last value plus the median gain of complete trials after that epoch, 0 where there are none.
     """
-    epoch = max(stopped.intermediate_values)
+    epoch = max(pruned.intermediate_values)
     gains = [
         trial.value - trial.intermediate_values[epoch]
         for trial in trials
         if trial.state == TrialState.COMPLETE and trial.value is not None and epoch in trial.intermediate_values
     ]
-    return stopped.intermediate_values[epoch] + (statistics.median(gains) if gains else 0.0)
+    return pruned.intermediate_values[epoch] + (statistics.median(gains) if gains else 0.0)
 
 
-def _on_level(given: Sequence[FrozenTrial], own: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """A neighbour's trials, shifted by the mean difference of the settings that both cells tried."""
-    seen = [_as_seen(trial, given) for trial in given if trial.state != TrialState.RUNNING and _counts(trial)]
+def _on_level(source: Sequence[FrozenTrial], own: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """A source cell's trials, shifted by the mean difference of the settings that both cells tried."""
+    seen = [_as_seen(trial, source) for trial in source if trial.state != TrialState.RUNNING and _counts(trial)]
     seen = _at_most(MAX_SHOWN, seen)
     differences = [
         (mine.value or 0.0) - (theirs.value or 0.0) for mine in own for theirs in seen if mine.params == theirs.params

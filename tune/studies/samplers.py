@@ -28,13 +28,13 @@ def make_sampler(kind: Sampler, *, study_seed: int, trial_seed: int, num_trials:
     """The sampler of one trial.
 
     Args:
-        kind: gp: a Gaussian process over the settings that all trials have which it is shown as complete. tpe:
+        kind: Gp: a Gaussian process over the settings that all trials have which it is shown as complete. tpe:
             multivariate TPE, conditional settings modelled jointly with the rest. random: independent. qmc: the next
             point of a scrambled Sobol sequence over the settings of the study's first trial. gp and qmc draw
             conditional settings independently.
-        study_seed: the same for all trials of a study; scrambles the sequence of qmc. Any integer.
-        trial_seed: the trial's own; decides everything else that is random. Any integer.
-        num_trials: what the study ends with; tpe draws the first quarter of it at random (4 to 10 trials).
+        study_seed: The same for all trials of a study; scrambles the sequence of qmc. Any integer.
+        trial_seed: The trial's own; decides everything else that is random. Any integer.
+        num_trials: What the study ends with; tpe draws the first quarter of it at random (4 to 10 trials).
     """
     seed = trial_seed % 2**32
     if kind == "tpe":

@@ -26,7 +26,7 @@ EDGE = 0.02  # of a range, at both ends
 
 
 LEARNING_RATE = Float(0.01, 2.0, log=True)
-"""The same for every method and stage. In eight recorded tables (tests/benchmarks/replay) the best twentieth lay
+"""The same for every method and stage. In eight recorded tables (analysis/simulator) the best twentieth lay
 between 0.1 and 1.2, or, where 0.5 was the end of the range, at that end."""
 
 
@@ -89,7 +89,7 @@ def sample(trial: optuna.trial.BaseTrial, run: RunConfig) -> dict[str, Any]:
 
     Args:
         trial: Optuna's trial, which names its parameters as the entries of `space` are named.
-        run: the run that the search starts from.
+        run: The run that the search starts from.
 
     Returns:
         Overrides by dotted name, for `run.with_overrides`.

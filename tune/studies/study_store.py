@@ -29,8 +29,8 @@ class StudyPlan:
     """The study's share of the budget: complete or pruned trials, those it already holds included."""
     num_epochs: int
     """Epochs of a complete trial, over all stages."""
-    donors: tuple[str, ...] = ()
-    """Keys of the neighbours whose winners are tried first; all of them come earlier in the list of plans."""
+    source_cells: tuple[str, ...] = ()
+    """Keys of the source cells, whose winners are tried first; all of them come earlier in the list of plans."""
     group: str = ""
     """Studies of one group are compared with each other and get the same number of trials; empty: with none."""
     num_validation_images: int = 1000
@@ -43,7 +43,7 @@ def open_storage(url: str) -> RDBStorage:
     """Open or create the database of all studies.
 
     Raises:
-        UserError: when it cannot be reached, or another version of Optuna wrote it.
+        UserError: When it cannot be reached, or another version of Optuna wrote it.
     """
     import sqlalchemy.exc
 
@@ -79,19 +79,14 @@ def ranked(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def overrides_of(trial: FrozenTrial) -> dict[str, Any]:
-    """What a told trial changed in its plan's run, as `with_overrides` takes it."""
+    """What a stored trial changed in its plan's run, as `with_overrides` takes it."""
     stored = trial.user_attrs["overrides"]
     return {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
 
 
 def epochs_trained(trial: FrozenTrial) -> int:
-    """Epochs that a trial trained: those it told, without those it took from another trial's embedding stage."""
-    return len(trial.intermediate_values) - epochs_shared(trial)
-
-
-def epochs_shared(trial: FrozenTrial) -> int:
-    """Epochs of another trial's embedding stage that a trial went on from."""
-    return int(trial.user_attrs.get("epochs_shared", 0))
+    """Epochs that a trial trained: those with a value."""
+    return len(trial.intermediate_values)
 
 
 def _without_password(url: str) -> str:

@@ -1,4 +1,4 @@
-"""Whose winner a study tries first: its nearest neighbours' of the same method, over overlap x teacher x student."""
+"""Warm start: a study first tries the winners of its nearest source cells, over overlap x teacher x student."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from refilled.methods import is_users
 
 
 class Place(Protocol):
-    """Where a cell lies on the grid."""
+    """Where a study lies on the grid."""
 
     @property
     def name(self) -> str:
-        """Of the cell."""
+        """The study's name."""
 
     @property
     def method(self) -> str:
-        """Different methods search different spaces."""
+        """The method; different ones search different spaces."""
 
     @property
     def overlap(self) -> float:
-        """In [0, 1]."""
+        """Overlap ratio in [0, 1]."""
 
     @property
     def teacher(self) -> str:
-        """Architecture."""
+        """The teacher's architecture."""
 
     @property
     def student(self) -> str:
-        """Architecture."""
+        """The student's architecture."""
 
 
-def donors(cell: Place, earlier: Sequence[Place]) -> tuple[str, ...]:
-    """Names of the cells that give to a cell: at most two, the nearest along each axis.
+def source_cells(cell: Place, earlier: Sequence[Place]) -> tuple[str, ...]:
+    """Names of the source cells of a cell: at most two, the nearest along each axis.
 
     Args:
-        cell: who receives.
-        earlier: the cells before it; only they give, so that nobody waits for each other.
+        cell: The cell that starts warm.
+        earlier: The cells before it. Only these are candidates, so that no two cells wait for each other.
 
     Returns:
         The nearest overlap with the same architectures, then the nearest architectures at the same overlap.
@@ -80,14 +80,14 @@ def _between(one: str, other: str) -> float:
 
 
 @dataclass(frozen=True)
-class Brought:
-    """What neighbours' winners brought a cell.
+class WarmStartReport:
+    """How a cell's warm start did.
 
     Attributes:
-        sources: the cells that gave.
-        default_value: value of the run's own settings, which every cell tries first; None if it was pruned or failed.
-        value: the best value of the received settings; None if all were pruned or failed.
-        won: whether the cell's winner is one of them.
+        sources: The source cells.
+        default_value: Value of the run's own settings, which every cell tries first; none if it was pruned or failed.
+        value: Best value of the source cells' winning settings; none if all were pruned or failed.
+        won: Whether one of these settings won the cell.
     """
 
     sources: tuple[str, ...]
@@ -97,7 +97,7 @@ class Brought:
 
     @property
     def gain(self) -> float | None:
-        """By how much the best received settings beat the default ones, where both were trained to the end."""
+        """By how much the best of them beat the default settings, where both were trained to the end."""
         return None if self.value is None or self.default_value is None else self.value - self.default_value
 
     def to_json(self) -> dict[str, Any]:
@@ -111,17 +111,17 @@ class Brought:
         }
 
 
-def brought(trials: Sequence[FrozenTrial], winner: FrozenTrial) -> Brought:
-    """Read from a cell's trials what was received and how it did."""
-    received = [trial for trial in trials if trial.user_attrs.get("origin") == "transfer"]
-    tried = [trial for trial in received if trial.state.is_finished()]
+def warm_start_report(trials: Sequence[FrozenTrial], winner: FrozenTrial) -> WarmStartReport:
+    """How a cell's warm start did, read from its trials."""
+    warm = [trial for trial in trials if trial.user_attrs.get("origin") == "transfer"]
+    tried = [trial for trial in warm if trial.state.is_finished()]
     whole = [trial.value for trial in tried if trial.state == TrialState.COMPLETE and trial.value is not None]
     default = [
         trial.value
         for trial in trials
         if trial.user_attrs.get("origin") == "default" and trial.state == TrialState.COMPLETE
     ]
-    return Brought(
+    return WarmStartReport(
         sources=tuple(dict.fromkeys(str(trial.user_attrs["from"]) for trial in tried)),
         default_value=default[0] if default else None,
         value=max(whole, default=None),

@@ -1,4 +1,4 @@
-"""Every setting of a trial is drawn from randomness of its own."""
+"""A sampler whose every parameter has a random stream of its own."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-Sight = Callable[[optuna.Study, FrozenTrial], tuple[optuna.Study, FrozenTrial]]
+ShowHistory = Callable[[optuna.Study, FrozenTrial], tuple[optuna.Study, FrozenTrial]]
 
 
-class KeyedSampler(BaseSampler):
-    """What another sampler draws, whatever was drawn of the trial before.
+class PerParameterSampler(BaseSampler):
+    """Draws as another sampler does, whatever was drawn of the trial before.
 
     A sampler draws the settings that it models together at once, and each of the others when it is asked for, all from
     one stream of random numbers. A driver that takes over a trial which was drawn in part would stand elsewhere in
     that stream. Here the settings drawn together have a sampler of their own, and so has every other setting.
 
     Args:
-        make: makes the sampler with a seed that follows from the trial and the text it is given.
-        see: the study, and the trial in it, that the sampler is shown in the place of these; none: these.
+        make: Makes the sampler, with a seed that follows from the trial and the text it is given.
+        show: The study, and the trial in it, that the sampler is shown in place of the real ones; none: these.
     """
 
-    def __init__(self, make: Callable[[str], BaseSampler], see: Sight | None = None) -> None:
+    def __init__(self, make: Callable[[str], BaseSampler], show: ShowHistory | None = None) -> None:
         self._make = make
         self._together = make("")
-        self._see = see
+        self._show = show
         self._seen: tuple[optuna.Study, FrozenTrial] | None = None
 
     def _shown(self, study: optuna.Study, trial: FrozenTrial) -> tuple[optuna.Study, FrozenTrial]:
-        if self._see is None:
+        if self._show is None:
             return study, trial
         if self._seen is None:  # one sampler draws one trial, all of it from what is known at its start
-            self._seen = self._see(study, trial)
+            self._seen = self._show(study, trial)
         return self._seen
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:

@@ -26,9 +26,9 @@ def only_driver(plan: Plan) -> Iterator[None]:
     side by side.
 
     Raises:
-        UserError: another process has one of the studies.
+        UserError: Another process has one of the studies.
     """
-    folder = plan.storage / "searches"
+    folder = plan.storage.root / "searches"
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as locks:
         for name, study in sorted((study.name, study) for study in plan.studies.values()):
@@ -37,8 +37,8 @@ def only_driver(plan: Plan) -> Iterator[None]:
                 lock.acquire(timeout=0)
             except Timeout as error:
                 raise UserError(
-                    f"Cell {study.key} is being searched on {plan.storage} by another process already; wait for it, or "
-                    f"choose another experiment."
+                    f"Cell {study.key} is being searched on {plan.storage.location} by another process already; wait "
+                    f"for it, or choose another experiment."
                 ) from error
             locks.callback(lock.release)
         yield
@@ -53,7 +53,7 @@ def only_driver_of_database(plan: Plan, storage: BaseStorage) -> Iterator[None]:
     `only_driver` do.
 
     Raises:
-        UserError: another process has one of the studies.
+        UserError: Another process has one of the studies.
     """
     from sqlalchemy import text
 
@@ -80,7 +80,7 @@ def may_continue(plan: Plan, storage: BaseStorage) -> bool:
     """Whether to go on; says what is there, and asks on a terminal unless `resume` has the answer.
 
     Raises:
-        UserError: there are trials, and `resume` says no.
+        UserError: There are trials, and `resume` says no.
     """
     search = plan.search
     states = [trial.state for trials in earlier_trials(plan, storage).values() for trial in trials]
