@@ -21,6 +21,7 @@ from analysis.summary import differences, summarise
 from analysis.tables import document, overlap_table, plain_text
 from refilled.command import new_app, run_app
 from refilled.errors import UserError
+from refilled.storage import Storage
 from tune.tracking.store import resolve_tracking_uri
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def report(
         raise UserError("search: a report shows one search; give its key, or nothing for the one started last")
     if out.exists() and not out.is_dir():
         raise UserError(f"out: must be a folder, not the file {out}")
-    uri = resolve_tracking_uri(tracking_uri, Path("runs"))
+    uri = resolve_tracking_uri(tracking_uri, Storage.at("runs"))
     cells = summarise(fetch_runs(uri, experiment, search_key=search))
     paths = write_report(cells, experiment, out)
     print(overlap_table(cells))

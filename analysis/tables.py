@@ -68,7 +68,7 @@ def overlap_table(cells: pd.DataFrame) -> str:
         "Test accuracy in per cent: mean ± half width of the 95 % confidence interval (Student's t) over n seeds of "
         "the refitted winner; one seed has no interval."
     )
-    return f"{_markdown(header, rows)}\n\n{note}\n"
+    return f"{markdown(header, rows)}\n\n{note}\n"
 
 
 def details_table(cells: pd.DataFrame) -> str:
@@ -91,7 +91,7 @@ def details_table(cells: pd.DataFrame) -> str:
     note = "Accuracies in per cent; the ids of all runs are in `cells.csv`."
     if VANILLA in set(cells["method"]) and cells["teacher"].nunique() > 1:
         note += f" The method {VANILLA} has no teacher: beside every teacher it stands with the same runs."
-    return f"{_markdown(header, rows)}\n\n{note}\n"
+    return f"{markdown(header, rows)}\n\n{note}\n"
 
 
 def differences_table(cells: pd.DataFrame) -> str:
@@ -126,7 +126,7 @@ def differences_table(cells: pd.DataFrame) -> str:
         "Differences of test accuracy in percentage points, paired by seed: mean ± half width of the 95 % confidence "
         "interval over n seeds. Each interval is of its pair alone: of many pairs, some exclude 0 by chance."
     )
-    return f"{_markdown(header, rows)}\n\n{note}\n"
+    return f"{markdown(header, rows)}\n\n{note}\n"
 
 
 def document(cells: pd.DataFrame, experiment: str) -> str:
@@ -180,6 +180,7 @@ def _overlap_text(overlap: float) -> str:
     return f"{100 * overlap:g} %"
 
 
-def _markdown(header: list[str], rows: list[list[Any]]) -> str:
+def markdown(header: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -11,13 +11,14 @@ import torch
 
 from refilled.execution import execute, run_folder
 from refilled.presets import smoke
+from refilled.storage import Storage
 from refilled.training.compute import Compute
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_runs.json").read_text())
 
 
 @pytest.mark.parametrize("method", GOLDEN)
-def test_a_methods_epochs_are_as_recorded(method: str, storage: Path) -> None:
+def test_a_methods_epochs_are_as_recorded(method: str, storage: Storage) -> None:
     base = smoke().run
     run = dataclasses.replace(
         base,
@@ -32,5 +33,5 @@ def test_a_methods_epochs_are_as_recorded(method: str, storage: Path) -> None:
     rows = run_folder(run, storage).rows()
     assert len(rows) == len(GOLDEN[method])
     for row, golden in zip(rows, GOLDEN[method], strict=True):
-        assert row["stage"] == golden.pop("stage")
-        assert {name: row[name] for name in golden} == pytest.approx(golden, rel=1e-6)
+        assert row.stage == golden.pop("stage")
+        assert {name: getattr(row, name) for name in golden} == pytest.approx(golden, rel=1e-6)

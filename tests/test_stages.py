@@ -62,8 +62,8 @@ def test_settings_come_from_their_place() -> None:
     [
         ("rkd", {"terms.rkd.wieght": 1.0}, "Unknown setting terms.rkd.wieght; term rkd has angle_ratio, weight."),
         ("rkd", {"terms.rkd.weight": -1.0}, "rkd.weight must be above 0, got -1.0."),
-        ("rkd", {"terms.rkd.weight": "much"}, "RkdConfig.weight must be a finite number, got 'much'."),
-        ("aml", {"terms.aml.pairs": "some"}, "AmlConfig.pairs must be one of mean, sum, hardest, got 'some'."),
+        ("rkd", {"terms.rkd.weight": "much"}, "rkd.weight must be a finite number, above 0, got 'much'."),
+        ("aml", {"terms.aml.pairs": "some"}, "aml.pairs must be mean, sum or hardest, got 'some'."),
         ("crd", {"terms.crd.dim": 0}, "crd.dim must be at least 1"),
         ("kd", {"overlap": 0.4}, "overlap must be 1 for method kd, which needs a teacher with the student's classes"),
         ("rkd>rkd", {}, "method must have a term that trains the head, such as cross_entropy, in its last stage"),

@@ -13,6 +13,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("refilled", "tune", "analysis")
 # Imports that leave their package on purpose.
 UPWARD = {"refilled": set(), "tune": {"refilled"}, "analysis": {"refilled", "tune"}}
+# A storage finds the kind that its location names, and what is built on it, where it is asked for them.
+WHERE_USED = {("refilled.storage.storage", f"refilled.storage.{name}") for name in ("object_storage", "artifacts")}
+# All that the lower rooms of the method may lead to, over other modules too. Decoded images are artifacts of a storage.
+SHARED = {"config", "errors", "keyed", "methods"}
+REACHED = {
+    "losses": {"keyed"},
+    "models": SHARED | {"user_code"},
+    "data": SHARED | {"distributed", "storage"},
+    "storage": SHARED | {"distributed", "metrics", "models", "user_code"},
+}
 
 
 def modules() -> dict[str, Path]:
@@ -49,6 +59,8 @@ def room(module: str) -> str:
 def test_no_module_imports_itself_in_a_circle() -> None:
     faces = {name for name, path in modules().items() if path.name == "__init__.py"}
     edges = {name: found - ({name.rpartition(".")[0]} & faces) for name, found in graph().items()}
+    for name, used in WHERE_USED:
+        edges[name].remove(used)
     order = list(TopologicalSorter(edges).static_order())
     assert len(order) > 100
 
@@ -68,10 +80,31 @@ def test_a_circle_would_be_seen() -> None:
         TopologicalSorter(edges).prepare()
 
 
+@pytest.mark.parametrize("lower", REACHED)
+def test_lower_rooms_lead_to_few_others(lower: str) -> None:
+    edges = graph()
+    seen: set[str] = set()
+    front = {name for name in edges if room(name) == f"refilled.{lower}"}
+    while front:
+        seen |= front
+        front = {each for name in front for each in edges[name]} - seen
+    assert {room(name).removeprefix("refilled.") for name in seen} - {lower, "refilled"} <= REACHED[lower]
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_arrows_between_packages_point_one_way(package: str) -> None:
     others = {each.partition(".")[0] for name, found in graph().items() if name.startswith(package) for each in found}
     assert others - {package} <= UPWARD[package]
+
+
+def test_reports_know_of_the_platform_how_a_store_is_opened_and_the_simulator_how_trials_are_chosen() -> None:
+    for name, found in graph().items():
+        if name.startswith("analysis"):
+            known = {each for each in found if each.startswith("tune.")}
+            if name.startswith("analysis.simulator"):
+                assert {each for each in known if not each.startswith("tune.studies.")} == set(), name
+            else:
+                assert known <= {"tune.tracking.store"}, name
 
 
 def test_the_method_knows_no_platform() -> None:
@@ -83,9 +116,17 @@ def test_the_method_knows_no_platform() -> None:
 
 def test_few_rooms_at_the_top_of_the_platform() -> None:
     rooms = [path for path in (ROOT / "tune").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
-    assert len(rooms) <= 14
+    assert len(rooms) <= 15
 
 
 def test_files_stay_small() -> None:
     long = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
     assert {name: lines for name, lines in long.items() if lines > 320} == {}
+
+
+def test_contracts_are_for_tests_alone() -> None:
+    """Nobody else imports them, and they do not need pytest, which a user may not have."""
+    contracts = {"refilled.testing", "tune.studies.testing"}
+    importers = {name for name, found in graph().items() if any(each.startswith(tuple(contracts)) for each in found)}
+    assert {name for name in importers if not name.startswith(tuple(contracts))} == set()
+    assert not [name for name, path in modules().items() if "pytest" in set(imports(path))]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from outcomes import Interruption, assert_same_outcome, interrupt_at
 from users_files import NETWORK, TERM, small
 
 from refilled.config import RunConfig, Sources
@@ -19,6 +20,7 @@ from refilled.execution import execute, pretrain_once, run_folder
 from refilled.identity import run_key
 from refilled.models import build_model
 from refilled.stages import check, complete, stages_of
+from refilled.storage import Storage
 from refilled.storage.model_file import load_model
 from refilled.storage.tensor_file import load_tensors
 from refilled.tasks.classification import load_task
@@ -30,9 +32,9 @@ from refilled.user_code import forget_modules, load_object, read_source
 def test_a_users_term_is_trained_like_the_packages_own(form: str, own: Path, compute: Compute) -> None:
     run = small(form.format(f"{own}/own.py:Regression"))
     assert "regression" in [term.name for stage in stages_of(run) for term in stage.terms]
-    row = execute(run, own / "storage", compute)
-    assert row["finished"]
-    about = json.loads((run_folder(run, own / "storage").path / "config.json").read_text())
+    storage = Storage.open(own / "storage")
+    assert execute(run, storage, compute).finished
+    about = json.loads((run_folder(run, storage).path / "config.json").read_text())
     assert about["config"]["terms"]["regression"] == {"weight": 2.0}
     assert about["config"]["sources"] == {f"{own}/own.py": TERM}
 
@@ -40,15 +42,16 @@ def test_a_users_term_is_trained_like_the_packages_own(form: str, own: Path, com
 def test_the_runs_copy_counts_not_the_file(own: Path, compute: Compute, tmp_path: Path) -> None:
     """A worker on another machine has no file, and a finished run is found though its file has gone."""
     run = small(f"{own}/own.py:Regression")
-    row = execute(run, tmp_path / "storage", compute)
+    storage = Storage.open(tmp_path / "storage")
+    row = execute(run, storage, compute)
     (own / "own.py").unlink()
     again = RunConfig.from_dict(json.loads(json.dumps(run.to_dict())))
-    assert execute(again, tmp_path / "storage", compute) == row
+    assert execute(again, storage, compute) == row
 
 
-def test_the_text_is_part_of_what_a_run_is_and_the_path_is_not(own: Path, storage: Path) -> None:
+def test_the_text_is_part_of_what_a_run_is_and_the_path_is_not(own: Path, storage: Storage) -> None:
     run = small(f"{own}/own.py:Regression")
-    task = load_task(run, storage / "cache")
+    task = load_task(run, storage)
     key = run_key(run, task.spaces, task.data_digest)
     (own / "moved.py").write_text(TERM)
     moved = small(f"{own}/moved.py:Regression")
@@ -66,8 +69,9 @@ def test_users_term_has_its_own_settings(own: Path) -> None:
 
 def test_a_users_network_is_trained_kept_and_loaded(own: Path, compute: Compute) -> None:
     run = small("student", student=f"{own}/net.py:Tiny")
-    execute(run, own / "storage", compute)
-    path = run_folder(run, own / "storage").path / "model.pt"
+    storage = Storage.open(own / "storage")
+    execute(run, storage, compute)
+    path = run_folder(run, storage).model_path
     (own / "net.py").unlink()
     model = load_model(path)
     assert type(model).__name__ == "Tiny"
@@ -208,25 +212,21 @@ def test_what_a_terms_constructor_draws_follows_from_the_runs_seed(own: Path, co
     losses = []
     for number in range(2):
         torch.manual_seed(number)
-        losses.append(execute(small(f"{own}/own.py:Regression"), own / str(number), compute)["train_loss"])
+        storage = Storage.open(own / str(number))
+        losses.append(execute(small(f"{own}/own.py:Regression"), storage, compute).train_loss)
     assert losses[0] == losses[1]
 
 
 def test_a_network_that_draws_goes_on_as_if_it_had_not_been_interrupted(own: Path, compute: Compute) -> None:
-    class Interruption(BaseException):
-        pass
-
-    def interrupt(row: dict[str, object]) -> None:
-        if row["epoch"] == 2:
-            raise Interruption
-
     (own / "net.py").write_text(DROPPING)
     run = small("student", student=f"{own}/net.py:Tiny", epochs=(0, 4))
-    whole = execute(run, own / "whole", compute)
+    whole, parts = (Storage.open(own / name) for name in ("whole", "parts"))
+    execute(run, whole, compute)
     with pytest.raises(Interruption):
-        execute(run, own / "parts", compute, interrupt)
+        execute(run, parts, compute, interrupt_at(2))
     torch.manual_seed(99)
-    assert execute(run, own / "parts", compute)["train_loss"] == whole["train_loss"]
+    execute(run, parts, compute)
+    assert_same_outcome(run_folder(run, parts), run_folder(run, whole))
 
 
 def test_a_file_that_ends_the_process_is_refused(own: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_teacher_is_made_of_its_own_file_alone(own: Path, compute: Compute) ->
     paths = []
     for number, method in enumerate(("refilled", f"{own}/own.py:Regression")):
         run = small(method, teacher=f"{own}/net.py:Tiny")
-        paths.append(pretrain_once(run, own / str(number), compute).path / "model.pt")
+        paths.append(pretrain_once(run, Storage.open(own / str(number)), compute).model_path)
     assert paths[0].parent.name == paths[1].parent.name
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert load_tensors(paths[1])["sources"] == {f"{own}/net.py": NETWORK}

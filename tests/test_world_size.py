@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from gloo_workers import run_workers
+from outcomes import TOLERANCE, assert_close_rows, rows_without_times, weights
 from torch import Tensor, nn
 
 from refilled import batch_norm, distributed
 from refilled.config import RunConfig
-from refilled.execution import cache_of, execute, pretrain_once, run_folder
+from refilled.execution import execute, pretrain_once, run_folder
 from refilled.methods import METHODS
 from refilled.presets import smoke
+from refilled.storage import Storage
 from refilled.storage.run_folder import RunFolder
 from refilled.tasks.classification import load_task
 from refilled.terms import aml, comparison
@@ -27,11 +29,10 @@ from refilled.training.compute import Compute
 from refilled.training.learner import make_learner
 
 FLOAT64 = Compute(torch.device("cpu"), "float64")
-TOLERANCE = {"rel": 1e-9, "abs": 1e-12}
 BROKEN = {"mining": "refilled", "batch norm": "student", "parameter after the gather": "aml"}
 
 
-def configuration(storage: Path, method: str = "refilled") -> RunConfig:
+def configuration(storage: Storage, method: str = "refilled") -> RunConfig:
     """Two epochs of both stages and the teacher, whose last batch of two or three leaves workers without any image."""
     run = smoke().run
     overlap = 1.0 if method == "kd" else 0.4
@@ -40,7 +41,7 @@ def configuration(storage: Path, method: str = "refilled") -> RunConfig:
     )
     run = dataclasses.replace(run, teacher="convnet-8")
     run = run.with_overrides({"optimizer.dropout": 0.2} | ({"terms.crd.num_negatives": 100} if method == "crd" else {}))
-    num_images = len(load_task(run, cache_of(storage)).train.labels)
+    num_images = len(load_task(run, storage).train.labels)
     sizes = [size for size in range(100, 300) if num_images % size in (2, 3)]
     return dataclasses.replace(run, global_batch_size=sizes[0])
 
@@ -68,7 +69,7 @@ _comparison_matching = comparison.comparison_matching
 _step = loop.step
 
 
-def train(storage: Path, methods: list[str], broken: str = "") -> dict[str, dict[str, Any]]:
+def train(storage: Storage, methods: list[str], broken: str = "") -> dict[str, dict[str, Any]]:
     """By method, and of the teacher: rows, weights, each step's loss and gradients' norms, and the terms' state."""
     with watching() as seen:
         teacher = pretrain_once(configuration(storage), storage, FLOAT64)
@@ -100,40 +101,31 @@ def watching(broken: str = "") -> Iterator[dict[str, Any]]:
 
 
 def kept_in(folder: RunFolder) -> dict[str, Any]:
-    return {"rows": folder.rows(), "weights": torch.load(folder.path / "model.pt")["weights"]}
+    return {"rows": rows_without_times(folder), "weights": weights(folder)}
 
 
-def _train(storage: Path, method: str, broken: str) -> dict[str, Any]:
+def _train(storage: Storage, method: str, broken: str) -> dict[str, Any]:
     run = configuration(storage, method)
     with watching(broken) as seen:
         execute(run, storage, FLOAT64)
     return seen | kept_in(run_folder(run, storage))
 
 
-def worker(rank: int, storage: str, methods: list[str], broken: str) -> None:
+def worker(rank: int, folder: str, methods: list[str], broken: str) -> None:
     """Take part, and keep what this worker saw."""
-    torch.save(train(Path(storage), methods, broken), f"{storage}/seen-{rank}.pt")
+    torch.save(train(Storage.open(folder), methods, broken), f"{folder}/seen-{rank}.pt")
 
 
-def train_on(num_workers: int, storage: Path, methods: list[str], broken: str = "") -> list[dict[str, dict[str, Any]]]:
+def train_on(num_workers: int, folder: Path, methods: list[str], broken: str = "") -> list[dict[str, dict[str, Any]]]:
     """What each of the workers saw."""
-    run_workers(worker, storage, num_workers, methods, broken)
-    return [torch.load(storage / f"seen-{rank}.pt") for rank in range(num_workers)]
+    run_workers(worker, folder, num_workers, methods, broken)
+    return [torch.load(folder / f"seen-{rank}.pt") for rank in range(num_workers)]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The same of one process, without a process group."""
-    return train(tmp_path_factory.mktemp("alone"), list(METHODS))
-
-
-def comparable(row: dict[str, Any]) -> dict[str, float]:
-    """All that a row says as numbers, but times."""
-    return {
-        name: value
-        for name, value in row.items()
-        if isinstance(value, (int, float)) and name not in ("images_per_second", "epoch_s")
-    }
+    return train(Storage.open(tmp_path_factory.mktemp("alone")), list(METHODS))
 
 
 def steps_that_differ(seen: dict[str, Any], alone: dict[str, Any]) -> list[int]:
@@ -163,9 +155,7 @@ def test_workers_give_the_numbers_of_one_process(
             found = seen[method]
             assert len(found["steps"]) >= 6, method
             assert steps_that_differ(found, expected) == [], method
-            assert [row["stage"] for row in found["rows"]] == [row["stage"] for row in expected["rows"]], method
-            for row, expected_row in zip(found["rows"], expected["rows"], strict=True):
-                assert comparable(row) == pytest.approx(comparable(expected_row), **TOLERANCE), method
+            assert_close_rows(found["rows"], expected["rows"])
             assert_equal_tensors(found["weights"], expected["weights"], method)
             for stage, state in expected["terms"].items():
                 assert_equal_tensors(found["terms"][stage], state, f"{method}, {stage}")
@@ -182,8 +172,9 @@ def test_what_looks_at_a_workers_share_alone_is_seen(
 
 
 def test_what_the_tests_above_rest_on(alone: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    run = configuration(tmp_path)
-    task = load_task(run, cache_of(tmp_path))
+    storage = Storage.open(tmp_path)
+    run = configuration(storage)
+    task = load_task(run, storage)
     learner = make_learner(dataclasses.replace(run, method="student"), task, None, FLOAT64)
     assert any(isinstance(each, nn.BatchNorm2d) for each in learner.student.modules())
     assert len(task.train.labels) % run.global_batch_size in (2, 3)  # the last batch leaves workers idle

@@ -16,6 +16,7 @@ from analysis.tables import details_table, differences_table, mean_with_interval
 from refilled.command import run_app
 from refilled.errors import UserError
 from refilled.methods import SHORT_VANILLA
+from refilled.storage import Storage
 from tune.tracking.tracker import Tracker, resolve_tracking_uri
 
 REPORT = Path(__file__).parents[2] / "analysis" / "report.py"
@@ -39,7 +40,7 @@ class Search:
         tags = {"teacher": "none" if tags["method"] == "student" else "big|net"} | tags
         tags |= {"search_key": self.folder.name, "code_version": "abc", "data_digest": "d1"}
         tags["cell"] = f"{tags['overlap']}-{tags['teacher']}-{tags['student']}"
-        params = {"embedding": {"temperature": 4.0}, "classifier": {"distill_weight": None}}
+        params = {"embedding.temperature": 4.0, "classifier.distill_weight": None}
         text_tags = {name: str(value) for name, value in tags.items()}
         self.tracker.open_run(key, name=key, params=params, tags=text_tags, folder=self.folder)
         metrics = {} if val is None else {"best/val_accuracy": val}
@@ -69,17 +70,17 @@ def write_search(tracker, key, folder):
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory):
     """A store with the experiment `exp|1`: an older search `old` without refits, and the search `new`."""
-    folder = tmp_path_factory.mktemp("storage")
-    uri = resolve_tracking_uri(None, folder / "runs")
-    with Tracker(uri, "exp|1") as tracker:
+    storage = Storage.open(tmp_path_factory.mktemp("storage"))
+    uri, folder = resolve_tracking_uri(None, storage), storage.root
+    with Tracker(uri, "exp|1", storage) as tracker:
         tracker.start_search("old", name="old", params={}, tags={"kind": "search"})
         Search(tracker, folder / "old").run(kind="trial", overlap=0.0, trial=0, val=0.2)
         tracker.finish_search(status="FINISHED")
         assert tracker.flush(30)
-    with Tracker(uri, "exp|1") as tracker:
+    with Tracker(uri, "exp|1", storage) as tracker:
         write_search(tracker, "new", folder / "new")
         assert tracker.flush(30)
-    Tracker(uri, "empty").close()
+    Tracker(uri, "empty", storage).close()
     return uri
 
 

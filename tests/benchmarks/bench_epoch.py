@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from bench_step import NUM_CLASSES, random_task
-from machine import machine_line
 
+from analysis.machine import machine_line
 from refilled.methods import METHODS
 from refilled.models import build_model
 from refilled.presets import cifar100
@@ -102,8 +102,8 @@ def main() -> None:
         optimizer = optimizer_of(learner, stage)
         optimizer.step = watch.wrap("optimiser", optimizer.step)  # type: ignore[method-assign]
         with timed_backward(watch):
-            row = training._epoch(learner, stage, optimizer, epoch, 0, previous={})
-        total_s, inside_s = row["epoch_s"], sum(watch.total_s.values())
+            row = training._epoch(learner, stage, optimizer, epoch, 0, previous=None)
+        total_s, inside_s = row.epoch_s, sum(watch.total_s.values())
         parts = " ".join(f"{watch.total_s[name]:>8.2f}" for name in ("forward", "backward", "optimiser"))
         print(
             f"{total_s:>8.2f} {parts} {total_s - inside_s:>9.2f} {100 * (1 - inside_s / total_s):>6.2f} %", flush=True

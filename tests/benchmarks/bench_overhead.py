@@ -29,38 +29,45 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tune"))
 
-from machine import machine_line
+from analysis.machine import machine_line
+from refilled.metrics import EpochMetrics, Report
+from refilled.storage import Storage
 
 EPOCHS = 3
 
 
-def do_nothing(job: str, config: Mapping[str, Any], storage: str, *, on_report: Any, **others: Any) -> None:
+def do_nothing(job: str, config: Mapping[str, Any], storage: Storage, *, on_report: Report, **others: Any) -> None:
     """In place of `tune.backend.worker.work`, on every rank."""
     from refilled.distributed import rank
 
     for epoch in range(1, EPOCHS + 1):
         if rank() == 0:
-            write_checkpoint(Path(storage) / "checkpoint.json", epoch)
+            storage.write_json(storage.root / "checkpoint.json", checkpoint(epoch))
         on_report(row(epoch))
 
 
-def write_checkpoint(path: Path, epoch: int) -> None:
-    """A small one, by the project's own atomic write."""
-    from refilled.storage.store import write_json
-
-    write_json(path, {"epoch": epoch, "weights": [0.0] * 1000})
+def checkpoint(epoch: int) -> dict[str, Any]:
+    """A small one."""
+    return {"epoch": epoch, "weights": [0.0] * 1000}
 
 
-def row(epoch: int) -> dict[str, Any]:
+def row(epoch: int) -> EpochMetrics:
     """What a run reports."""
     value = 0.5 + epoch / 100
-    return {
-        "epoch": epoch,
-        "val_accuracy": value,
-        "best_val_accuracy": value,
-        "best_epoch": epoch,
-        "finished": epoch == EPOCHS,
-    }
+    return EpochMetrics(
+        epoch=epoch,
+        stage="classifier",
+        train_loss=1.0 / epoch,
+        learning_rate=0.1,
+        gradient_norm=1.0,
+        gradient_norm_max=1.0,
+        images_per_second=1.0,
+        epoch_s=1.0,
+        finished=epoch == EPOCHS,
+        val_accuracy=value,
+        best_val_accuracy=value,
+        best_epoch=epoch,
+    )
 
 
 def train_nothing(config: dict[str, Any]) -> None:
@@ -69,9 +76,9 @@ def train_nothing(config: dict[str, Any]) -> None:
 
     for epoch in range(1, EPOCHS + 1):
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "checkpoint.json").write_text(json.dumps({"epoch": epoch, "weights": [0.0] * 1000}))
+            (Path(folder) / "checkpoint.json").write_text(json.dumps(checkpoint(epoch)))
             is_first = ray.train.get_context().get_world_rank() == 0
-            ray.train.report(row(epoch), checkpoint=ray.train.Checkpoint(folder) if is_first else None)
+            ray.train.report(row(epoch).to_dict(), checkpoint=ray.train.Checkpoint(folder) if is_first else None)
 
 
 def recipe(config: Mapping[str, Any], *, num_workers: int, storage: str) -> None:
@@ -119,33 +126,33 @@ def resources(num_workers: int) -> Any:
     return Resources(num_workers=num_workers, cpus_per_worker=0.5, gpus_per_worker=0.0, slots=1, slots_now=1)
 
 
-def ours(num_workers: int, num_trials: int, folder: Path) -> list[float]:
+def ours(num_workers: int, num_trials: int, storage: Storage) -> list[float]:
     """Seconds of our trials from a list."""
     from fixed_list import FixedList, Watcher
 
     from tune.backend.tuner import run_trials, trial_function
 
-    function = trial_function(resources(num_workers), folder, num_sharing_runs=1, backend="auto", body=do_nothing)
+    function = trial_function(resources(num_workers), storage, backend="auto", body=do_nothing)
     samples = [{"name": str(number), "config": {}} for number in range(num_trials)]
     return durations(
         lambda callbacks: run_trials(
-            function, FixedList(samples), Watcher(), slots=1, name="ours", storage=folder, callbacks=callbacks
+            function, FixedList(samples), Watcher(), slots=1, name="ours", storage=storage, callbacks=callbacks
         )
     )
 
 
-def ours_with_studies(num_workers: int, num_trials: int, folder: Path) -> list[float]:
+def ours_with_studies(num_workers: int, num_trials: int, storage: Storage) -> list[float]:
     """Seconds of our trials from a study."""
     from refilled.presets import smoke
     from tune.backend.tuner import run_trials, trial_function
     from tune.studies.searcher import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage
 
     plan = StudyPlan(key="cell", name="cell", run=smoke().run, num_trials=num_trials, num_epochs=EPOCHS)
-    searcher = StudySearcher([plan], open_storage(f"sqlite:///{folder / 'studies.db'}"), Rules(pruner="none"))
-    function = trial_function(resources(num_workers), folder, num_sharing_runs=1, backend="auto", body=do_nothing)
+    searcher = StudySearcher([plan], open_storage(f"sqlite:///{storage.root / 'studies.db'}"), Rules(pruner="none"))
+    function = trial_function(resources(num_workers), storage, backend="auto", body=do_nothing)
     return durations(
         lambda callbacks: run_trials(
-            function, searcher, StudyScheduler(searcher), slots=1, name="studies", storage=folder, callbacks=callbacks
+            function, searcher, StudyScheduler(searcher), slots=1, name="studies", storage=storage, callbacks=callbacks
         )
     )
 
@@ -199,8 +206,8 @@ def main() -> None:
             theirs = of_the_recipe(num_workers, arguments.recipe_trials, folders[0])
             reference_s = statistics.median(theirs)
             say("the documented recipe", num_workers, theirs, None)
-            say("ours", num_workers, ours(num_workers, arguments.trials, folders[1]), reference_s)
-            studies = ours_with_studies(num_workers, arguments.trials, folders[2])
+            say("ours", num_workers, ours(num_workers, arguments.trials, Storage.open(folders[1])), reference_s)
+            studies = ours_with_studies(num_workers, arguments.trials, Storage.open(folders[2]))
             say("ours, studies in SQLite", num_workers, studies, reference_s)
     print(f"load {os.getloadavg()[0]:.1f} at the end")
     ray.shutdown()

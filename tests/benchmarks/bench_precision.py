@@ -20,24 +20,27 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from machine import machine_line
 
+from analysis.machine import machine_line
 from refilled.config import RunConfig
 from refilled.execution import execute, run_folder
 from refilled.presets import cifar100
 from refilled.statistics import mean_and_ci95
+from refilled.storage import Storage
 from refilled.training.compute import Compute
 
 PRECISIONS = ("bfloat16", "float32")
 
 
-def train(run: RunConfig, storage: Path, device: str) -> tuple[float, float]:
+def train(run: RunConfig, storage: Storage, device: str) -> tuple[float, float]:
     """Last validation accuracy and images a second (median over epochs) of one run."""
     torch.set_num_threads(1)
     execute(run, storage, Compute(torch.device(device), run.precision))
     rows = run_folder(run, storage).rows()
-    speeds = sorted(row["images_per_second"] for row in rows)
-    return rows[-1]["val_accuracy"], speeds[len(speeds) // 2]
+    speeds = sorted(row.images_per_second for row in rows)
+    value = rows[-1].val_accuracy
+    assert value is not None, "the preset holds images out"
+    return value, speeds[len(speeds) // 2]
 
 
 def main() -> None:
@@ -68,10 +71,10 @@ def main() -> None:
     print(machine_line(1))
     print(f"{arguments.student}, {arguments.classes} classes, {arguments.epochs} epochs")
     with (
-        tempfile.TemporaryDirectory() as storage,
+        tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as pool,
     ):
-        jobs = {key: pool.submit(train, run, Path(storage), arguments.device) for key, run in runs.items()}
+        jobs = {key: pool.submit(train, run, Storage.open(folder), arguments.device) for key, run in runs.items()}
         found = {key: job.result() for key, job in jobs.items()}
     print(f"{'seed':>5} {'bfloat16 %':>11} {'float32 %':>10} {'difference':>11} {'speed ratio':>12}")
     differences, ratios = [], []

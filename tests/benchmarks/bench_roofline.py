@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from bench_step import Case, random_task, timed_s
-from machine import machine_line
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from analysis.machine import machine_line
 from refilled.data.batches import epoch_batches
 from refilled.presets import CIFAR_STUDENTS, cifar100
 from refilled.training.compute import Compute

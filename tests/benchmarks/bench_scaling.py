@@ -36,9 +36,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from bench_step import NUM_CLASSES, random_task
-from machine import machine_line
 from torch import Tensor
 
+from analysis.machine import machine_line
 from refilled.config import RunConfig
 from refilled.data.batches import epoch_batches
 from refilled.models import build_model

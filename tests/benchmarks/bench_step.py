@@ -6,8 +6,8 @@
 For each student of Table 19 and the teacher WRN-40-2, one step (views, forward, loss, backward, optimiser) of
 
     vanilla           cross-entropy alone
-    embedding bank    stage embedding, teacher's embeddings from the bank
-    classifier bank   stage classifier, the same
+    embedding cached  stage embedding, teacher's embeddings from the cache
+    classifier cached stage classifier, the same
     embedding live    stage embedding, the teacher runs in the step
     classifier live   stage classifier, the same
     triplets live     stage embedding by all triplets of the batch, [B, B, B], as it is commonly written
@@ -31,17 +31,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from machine import machine_line
 from torch import Tensor
 
-from refilled.config import BankConfig, RunConfig, ViewConfig
+from analysis.machine import machine_line
+from refilled.config import EmbeddingCacheConfig, RunConfig, ViewConfig
 from refilled.data.batches import Batch, epoch_batches
 from refilled.data.images import make_image_set
 from refilled.data.label_space import LabelSpaces
-from refilled.embedding_cache.bank import bank_for
+from refilled.embedding_cache import embedding_cache
 from refilled.models import build_model
 from refilled.presets import CIFAR_STUDENTS, cifar100
 from refilled.stages import stages_of
+from refilled.storage import Storage
 from refilled.tasks.classification import Normalization, Task
 from refilled.teacher import FrozenTeacher
 from refilled.training.compute import Compute
@@ -117,7 +118,7 @@ def with_triplets(case: Case, batch: Batch) -> None:
         comparison.comparison_matching = exact
 
 
-def bench(student: str, arguments: argparse.Namespace, storage: Path) -> None:
+def bench(student: str, arguments: argparse.Namespace, storage: Storage) -> None:
     """Print the rows of one student."""
     compute = Compute(torch.device(arguments.device), arguments.precision)
     run = dataclasses.replace(
@@ -128,21 +129,21 @@ def bench(student: str, arguments: argparse.Namespace, storage: Path) -> None:
         global_batch_size=arguments.batch,
         compile=arguments.compile,
         views=ViewConfig(num_views=4),
-        bank=BankConfig(mode="bank"),
+        embedding_cache=EmbeddingCacheConfig(mode="cached"),
     )
     task = random_task(2 * arguments.batch)
     model = build_model(run.teacher, num_classes=NUM_CLASSES, in_channels=3, image_size=32, seed=1)
     prototypes = torch.randn(NUM_CLASSES, model.embedding_dim, generator=torch.Generator().manual_seed(1))
     prototypes = prototypes.to(compute.device, compute.dtype)
-    live, banked = (
+    live, cached = (
         FrozenTeacher(compute.place_model(model), prototypes, compute, torch.float16, "noise") for _ in range(2)
     )
-    banked.bank = bank_for(run, task, banked, storage, compute, 1)
+    cached.cache = embedding_cache(run, task, cached, storage, compute)
     vanilla = dataclasses.replace(run, method="student")
     cases: dict[str, Callable[[Batch], None]] = {
         "vanilla": Case(vanilla, task, None, compute, "classifier").step,
-        "embedding bank": Case(run, task, banked, compute, "embedding").step,
-        "classifier bank": Case(run, task, banked, compute, "classifier").step,
+        "embedding cached": Case(run, task, cached, compute, "embedding").step,
+        "classifier cached": Case(run, task, cached, compute, "classifier").step,
         "embedding live": Case(run, task, live, compute, "embedding").step,
         "classifier live": Case(run, task, live, compute, "classifier").step,
     }
@@ -158,7 +159,7 @@ def bench(student: str, arguments: argparse.Namespace, storage: Path) -> None:
     for name, seconds in times.items():
         ratios = sorted(each / base for each, base in zip(seconds, times["vanilla"], strict=True))
         print(
-            f"{student:>9} {name:<16} {1e3 * statistics.median(seconds):>9.1f} "
+            f"{student:>9} {name:<17} {1e3 * statistics.median(seconds):>9.1f} "
             f"{statistics.median(ratios):>7.3f} {ratios[0]:>7.3f} {ratios[-1]:>7.3f}",
             flush=True,
         )
@@ -179,10 +180,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     print(machine_line(arguments.threads))
     print(f"teacher {arguments.teacher}, batch {arguments.batch}, {arguments.precision}, {arguments.rounds} rounds")
-    print(f"{'student':>9} {'step':<16} {'median ms':>9} {'ratio':>7} {'least':>7} {'most':>7}")
-    with tempfile.TemporaryDirectory() as storage:
+    print(f"{'student':>9} {'step':<17} {'median ms':>9} {'ratio':>7} {'least':>7} {'most':>7}")
+    with tempfile.TemporaryDirectory() as folder:
         for student in arguments.students:
-            bench(student, arguments, Path(storage))
+            bench(student, arguments, Storage.open(folder))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 import torch  # noqa: E402
-from machine import machine_line  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from analysis.machine import machine_line  # noqa: E402
 from refilled.losses import comparison_matching  # noqa: E402
 
 GIB = 2**30

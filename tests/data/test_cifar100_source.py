@@ -19,6 +19,8 @@ from torchvision.datasets import CIFAR100
 from refilled.data import cifar100
 from refilled.data.sources import load_test, load_train
 from refilled.errors import UserError
+from refilled.storage import Storage
+from refilled.testing import SourceContract
 
 NAMES = [f"class {index:02}" for index in range(100)]
 
@@ -57,9 +59,17 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
     server.server_close()
 
 
+class TestContract(SourceContract):
+    source = "cifar100"
+
+    @pytest.fixture(autouse=True)
+    def served(self, archive: dict[str, dict[str, object]]) -> None:
+        """The archive can be downloaded."""
+
+
 def test_both_parts_are_what_the_archive_holds(archive: dict[str, dict[str, object]], tmp_path: Path) -> None:
     for part, load in (("train", load_train), ("test", load_test)):
-        read = load("cifar100", cache=tmp_path / "cache")
+        read = load("cifar100", storage=Storage.open(tmp_path))
         assert read.class_names == tuple(NAMES)
         assert read.labels.tolist() == archive[part]["fine_labels"]
         assert np.array_equal(read.images.numpy().reshape(len(read), -1), archive[part]["data"])
@@ -68,14 +78,14 @@ def test_both_parts_are_what_the_archive_holds(archive: dict[str, dict[str, obje
 def test_decoded_images_need_no_download(
     archive: dict[str, dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = load_train("cifar100", cache=tmp_path / "cache")
+    first = load_train("cifar100", storage=Storage.open(tmp_path))
     (tmp_path / "cache/downloads").rename(tmp_path / "gone")
     monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/nothing")
-    assert torch.equal(first.images, load_train("cifar100", cache=tmp_path / "cache").images)
+    assert torch.equal(first.images, load_train("cifar100", storage=Storage.open(tmp_path)).images)
 
 
 def test_image_size(archive: dict[str, dict[str, object]], tmp_path: Path) -> None:
-    assert load_train("cifar100", cache=tmp_path / "cache", image_size=16).images.shape == (6, 3, 16, 16)
+    assert load_train("cifar100", storage=Storage.open(tmp_path), image_size=16).images.shape == (6, 3, 16, 16)
 
 
 @pytest.mark.parametrize("change", ["no server", "wrong checksum"])
@@ -87,7 +97,7 @@ def test_a_failed_download_says_what_to_do(
     else:
         monkeypatch.setattr(CIFAR100, "tgz_md5", "0" * 32)
     with pytest.raises(UserError, match=r"Source cifar100 could not be downloaded .*parquet:PATH") as error:
-        load_train("cifar100", cache=tmp_path / "cache")
+        load_train("cifar100", storage=Storage.open(tmp_path))
     assert "\n" not in str(error.value)
     assert not [entry for entry in (tmp_path / "cache/images").iterdir() if entry.is_dir()]
 

@@ -19,6 +19,7 @@ from PIL import Image
 from refilled.data.label_space import order_classes
 from refilled.data.sources import load_train
 from refilled.errors import UserError
+from refilled.storage import Storage
 
 _spec = importlib.util.spec_from_file_location("damage", Path(__file__).parents[1] / "faults" / "damage.py")
 assert _spec is not None
@@ -37,14 +38,15 @@ def refusal(call: Callable[[], Any]) -> tuple[Any, str]:
     return None, message
 
 
-def try_all(source: str, victim: Path, cache: Path, num: int, *, has_checksums: bool = True) -> tuple[int, int]:
+def try_all(source: str, victim: Path, folder: Path, num: int, *, has_checksums: bool = True) -> tuple[int, int]:
     """Damage a file of a source in `num` ways; how many were tried, and how many were refused."""
     whole = victim.read_bytes()
-    expected = load_train(source, cache=cache / "whole").digest
+    expected = load_train(source, storage=Storage.open(folder / "whole")).digest
     num_tried = num_refused = 0
     for name, content in _damage.damages(whole, random.Random(num), num):
         victim.write_bytes(content)
-        found, message = refusal(lambda number=num_tried: load_train(source, cache=cache / str(number)))
+        storage = Storage.open(folder / str(num_tried))
+        found, message = refusal(lambda storage=storage: load_train(source, storage=storage))
         num_tried += 1
         num_refused += bool(message)
         assert not message or str(victim.name) in message or str(victim.parent) in message, (name, message)
@@ -58,7 +60,7 @@ def test_damaged_shards(compression: str, tmp_path: Path) -> None:
     root = write_shards(tmp_path / "shards")
     victim = root / "train-00001-of-00002.parquet"
     pq.write_table(pq.read_table(victim), victim, row_group_size=5, compression=compression, write_page_checksum=True)
-    num_tried, num_refused = try_all(f"parquet:{root}", victim, tmp_path / "cache", 63)
+    num_tried, num_refused = try_all(f"parquet:{root}", victim, tmp_path / "storage", 63)
     assert num_tried == 63
     assert num_refused > 40
 
@@ -66,14 +68,14 @@ def test_damaged_shards(compression: str, tmp_path: Path) -> None:
 def test_damaged_shards_without_checksums_are_refused_or_read(tmp_path: Path) -> None:
     root = write_shards(tmp_path / "shards")
     victim = root / "train-00001-of-00002.parquet"
-    num_tried, num_refused = try_all(f"parquet:{root}", victim, tmp_path / "cache", 63, has_checksums=False)
+    num_tried, num_refused = try_all(f"parquet:{root}", victim, tmp_path / "storage", 63, has_checksums=False)
     assert num_tried == 63
     assert num_refused > 40
 
 
 def test_damaged_zips(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "images.zip", {part: make_items(part) for part in ("train", "test")})
-    num_tried, num_refused = try_all(f"imagefolder:{path}", path, tmp_path / "cache", 90)
+    num_tried, num_refused = try_all(f"imagefolder:{path}", path, tmp_path / "storage", 90)
     assert num_tried == 90
     assert num_refused > 60
 
@@ -83,16 +85,16 @@ def test_damaged_images(suffix: str, tmp_path: Path) -> None:
     """Only PNG compares checksums; a JPEG in which a bit changed may be another picture."""
     root = write_folder(tmp_path / "folder", {part: make_items(part) for part in ("train", "test")})
     victim = next((root / "train" / "one").glob(f"*.{suffix}"))
-    num_tried, num_refused = try_all(f"imagefolder:{root}", victim, tmp_path / "cache", 36, has_checksums=False)
+    num_tried, num_refused = try_all(f"imagefolder:{root}", victim, tmp_path / "storage", 36, has_checksums=False)
     assert num_tried == 36
     assert num_refused > 10
 
 
 def test_damaged_caches_are_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_folder(tmp_path / "folder", {part: make_items(part) for part in ("train", "test")})
-    cache = tmp_path / "cache"
-    expected = load_train(f"imagefolder:{root}", cache=cache).digest
-    files = [path for path in cache.rglob("*") if path.is_file() and path.suffix in (".npy", ".json")]
+    storage = Storage.open(tmp_path / "storage")
+    expected = load_train(f"imagefolder:{root}", storage=storage).digest
+    files = [path for path in storage.root.rglob("*") if path.is_file() and path.suffix in (".npy", ".json")]
     assert len(files) >= 2
     num_tried = 0
     for seed, path in enumerate(files):
@@ -100,7 +102,7 @@ def test_damaged_caches_are_made_again(tmp_path: Path, caplog: pytest.LogCapture
         for name, content in _damage.damages(whole, random.Random(seed), 18):
             path.write_bytes(content)
             with caplog.at_level(logging.ERROR):  # each says a warning
-                assert load_train(f"imagefolder:{root}", cache=cache).digest == expected, (path.name, name)
+                assert load_train(f"imagefolder:{root}", storage=storage).digest == expected, (path.name, name)
             num_tried += 1
             path.write_bytes(whole)
     assert num_tried >= 36
@@ -126,7 +128,7 @@ def test_a_zip_that_would_expand_is_refused_before_it_does(tmp_path: Path) -> No
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("train/one/bomb.png", bytes(2**29))
     assert path.stat().st_size < 2**20
-    _, message = refusal(lambda: load_train(f"imagefolder:{path}", cache=tmp_path / "cache"))
+    _, message = refusal(lambda: load_train(f"imagefolder:{path}", storage=Storage.open(tmp_path / "storage")))
     assert "bomb.png" in message
 
 
@@ -136,7 +138,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: P
     Image.new("1", (30_000, 30_000)).save(buffer, "PNG")
     assert len(buffer.getvalue()) < 2**20
     (root / "train" / "one" / "large.png").write_bytes(buffer.getvalue())
-    _, message = refusal(lambda: load_train(f"imagefolder:{root}", cache=tmp_path / "cache"))
+    _, message = refusal(lambda: load_train(f"imagefolder:{root}", storage=Storage.open(tmp_path / "storage")))
     assert "large.png" in message
 
 
@@ -147,7 +149,7 @@ def test_names_in_a_zip_that_lead_outside_write_nothing(name: str, tmp_path: Pat
     path = write_zip(tmp_path / "in" / "images.zip", items)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(name, items["train"][0][2])
-    before = {each for each in tmp_path.rglob("*") if "cache" not in each.parts}
-    refusal(lambda: load_train(f"imagefolder:{path}", cache=tmp_path / "cache"))
-    assert {each for each in tmp_path.rglob("*") if "cache" not in each.relative_to(tmp_path).parts} == before
+    before = {each for each in tmp_path.rglob("*") if "storage" not in each.parts}
+    refusal(lambda: load_train(f"imagefolder:{path}", storage=Storage.open(tmp_path / "storage")))
+    assert {each for each in tmp_path.rglob("*") if "storage" not in each.relative_to(tmp_path).parts} == before
     assert not Path("/outside.png").exists()

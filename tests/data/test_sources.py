@@ -17,11 +17,12 @@ from image_files import CLASSES, encode, make_items, pixels_of, write_folder, wr
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from refilled.data import imagefolder
+from refilled.data import zip_images
 from refilled.data.decode import one_line
 from refilled.data.images import make_image_set
 from refilled.data.sources import load_test, load_train, validate_source
 from refilled.errors import UserError
+from refilled.storage import Storage
 
 
 def one_sentence(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -39,15 +40,26 @@ def assert_holds(image_set, items) -> None:
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
+def storage(tmp_path: Path) -> Storage:
+    """One that no other test has decoded anything into."""
+    return Storage.open(tmp_path / "storage")
+
+
+def images_in(storage: Storage) -> list[Path]:
+    """The folders of decoded images."""
+    return [entry for entry in storage.root.glob("cache/images/*") if entry.is_dir()]
+
+
+def part_of(storage: Storage, name: object) -> Storage:
+    """A storage of its own inside another one."""
+    return Storage.open(storage.root / str(name))
 
 
 # ---- digits
 
 
-def test_digits_are_all_upstream_images_split_once_and_for_ever(cache: Path) -> None:
-    train, test = load_train("digits", cache=cache), load_test("digits", cache=cache)
+def test_digits_are_all_upstream_images_split_once_and_for_ever(storage: Storage) -> None:
+    train, test = load_train("digits", storage=storage), load_test("digits", storage=storage)
     upstream = load_digits()
     assert train.class_names == test.class_names == tuple("0123456789")
     assert train.images.shape[1:] == (1, 8, 8)
@@ -70,8 +82,8 @@ def test_digits_are_all_upstream_images_split_once_and_for_ever(cache: Path) -> 
     assert test.digest.startswith("42f77385")
 
 
-def test_digits_resize(cache: Path) -> None:
-    small, large = load_train("digits", cache=cache), load_train("digits", cache=cache, image_size=16)
+def test_digits_resize(storage: Storage) -> None:
+    small, large = load_train("digits", storage=storage), load_train("digits", storage=storage, image_size=16)
     expected = Image.fromarray(small.images[5, 0].numpy()).resize((16, 16), Image.Resampling.BICUBIC)
     assert large.images.shape == (len(small), 1, 16, 16)
     assert np.array_equal(large.images[5, 0].numpy(), np.asarray(expected))
@@ -80,7 +92,7 @@ def test_digits_resize(cache: Path) -> None:
 # ---- folders and zips
 
 
-def test_folder_and_zip_hold_the_same_images(tmp_path: Path, cache: Path) -> None:
+def test_folder_and_zip_hold_the_same_images(tmp_path: Path, storage: Storage) -> None:
     parts = {"train": make_items("train"), "test": make_items("test", per_class=3)}
     folder = write_folder(tmp_path / "folder", parts)
     (folder / "train" / ".DS_Store").write_bytes(b"litter")
@@ -89,30 +101,30 @@ def test_folder_and_zip_hold_the_same_images(tmp_path: Path, cache: Path) -> Non
     with zipfile.ZipFile(paths[2], "a") as archive:
         archive.writestr("__MACOSX/birds/train/nil/._0.png", b"litter")
     for index, path in enumerate(paths):
-        own = cache / str(index)
-        train, test = load_train(f"imagefolder:{path}", cache=own), load_test(f"imagefolder:{path}", cache=own)
+        own = part_of(storage, index)
+        train, test = load_train(f"imagefolder:{path}", storage=own), load_test(f"imagefolder:{path}", storage=own)
         assert train.class_names == test.class_names == CLASSES
         assert_holds(train, parts["train"])
         assert_holds(test, parts["test"])
-        again = load_train(f"imagefolder:{path}", cache=cache / "0")
-        assert again.digest == train.digest == load_train(f"imagefolder:{folder}", cache=cache / "0").digest
+        again = load_train(f"imagefolder:{path}", storage=part_of(storage, "0"))
+        assert again.digest == train.digest == load_train(f"imagefolder:{folder}", storage=part_of(storage, "0")).digest
 
 
-def test_test_classes_may_be_fewer_and_keep_the_labels_of_train(tmp_path: Path, cache: Path) -> None:
+def test_test_classes_may_be_fewer_and_keep_the_labels_of_train(tmp_path: Path, storage: Storage) -> None:
     test = [item for item in make_items("test") if item[0] == 2]
     path = write_folder(tmp_path / "f", {"train": make_items("train"), "test": test})
-    read = load_test(f"imagefolder:{path}", cache=cache)
+    read = load_test(f"imagefolder:{path}", storage=storage)
     assert read.class_names == CLASSES
     assert read.labels.tolist() == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("size", [(20, 30), (33, 18)])
 def test_image_size_resizes_the_shorter_side_and_crops_the_centre(
-    tmp_path: Path, cache: Path, size: tuple[int, int]
+    tmp_path: Path, storage: Storage, size: tuple[int, int]
 ) -> None:
     items = make_items("train", per_class=1, size=size)
     path = write_folder(tmp_path / "f", {"train": items})
-    read = load_train(f"imagefolder:{path}", cache=cache, image_size=12)
+    read = load_train(f"imagefolder:{path}", storage=storage, image_size=12)
     width, height = (18, 12) if size[0] > size[1] else (12, 18)
     width = round(33 * 12 / 18) if size == (33, 18) else width
     for pixels, (_, _, content) in zip(read.images.numpy(), items, strict=True):
@@ -125,30 +137,30 @@ def test_image_size_resizes_the_shorter_side_and_crops_the_centre(
 # ---- Parquet
 
 
-def test_shards_hold_the_same_images_as_a_folder(tmp_path: Path, cache: Path) -> None:
+def test_shards_hold_the_same_images_as_a_folder(tmp_path: Path, storage: Storage) -> None:
     path = write_shards(tmp_path / "p")
-    train, test = load_train(f"parquet:{path}", cache=cache), load_test(f"parquet:{path}", cache=cache)
+    train, test = load_train(f"parquet:{path}", storage=storage), load_test(f"parquet:{path}", storage=storage)
     assert_holds(train, make_items("train"))
     assert_holds(test, make_items("test"))
     folder = write_folder(tmp_path / "f", {"train": make_items("train")})
-    assert train.digest == load_train(f"imagefolder:{folder}", cache=cache).digest
+    assert train.digest == load_train(f"imagefolder:{folder}", storage=storage).digest
 
 
-def test_many_images_stay_in_order(tmp_path: Path, cache: Path) -> None:
+def test_many_images_stay_in_order(tmp_path: Path, storage: Storage) -> None:
     items = [(n % 3, f"{n}", encode(np.full((2, 2, 3), (n % 251, n // 251, 7), np.uint8))) for n in range(1500)]
-    read = load_train(f"parquet:{write_parquet(tmp_path / 'all.parquet', items)}", cache=cache)
+    read = load_train(f"parquet:{write_parquet(tmp_path / 'all.parquet', items)}", storage=storage)
     assert_holds(read, items)
 
 
-def test_one_file_is_one_part(tmp_path: Path, cache: Path) -> None:
+def test_one_file_is_one_part(tmp_path: Path, storage: Storage) -> None:
     items = make_items("train")
     train = write_parquet(tmp_path / "birds.parquet", items)
     test = write_parquet(tmp_path / "test-birds.parquet", items)
-    assert_holds(load_train(f"parquet:{train}", cache=cache), items)
-    assert_holds(load_test(f"parquet:{test}", cache=cache), items)
+    assert_holds(load_train(f"parquet:{train}", storage=storage), items)
+    assert_holds(load_test(f"parquet:{test}", storage=storage), items)
     for load, path, part in ((load_test, train, "test"), (load_train, test, "train")):
         with pytest.raises(UserError) as error:
-            load(f"parquet:{path}", cache=cache)
+            load(f"parquet:{path}", storage=storage)
         assert f"{path} has no {part} part" in one_sentence(error)
 
 
@@ -162,60 +174,59 @@ def test_one_file_is_one_part(tmp_path: Path, cache: Path) -> None:
         ("label", [{"label": 2, "name": "z"}, {"label": 0, "name": "x"}, {"label": 1, "name": "y"}]),
     ],
 )
-def test_class_names_beside_the_shards(tmp_path: Path, cache: Path, label: str, content: object) -> None:
+def test_class_names_beside_the_shards(tmp_path: Path, storage: Storage, label: str, content: object) -> None:
     path = write_shards(tmp_path / "p", names=None, label=label)
     (path / "classes.json").write_text(json.dumps(content))
-    assert load_train(f"parquet:{path}", cache=cache).class_names == ("x", "y", "z")
+    assert load_train(f"parquet:{path}", storage=storage).class_names == ("x", "y", "z")
 
 
-def test_class_names_of_the_metadata_come_first_and_labels_last(tmp_path: Path, cache: Path) -> None:
+def test_class_names_of_the_metadata_come_first_and_labels_last(tmp_path: Path, storage: Storage) -> None:
     named = write_shards(tmp_path / "named")
     (named / "classes.json").write_text('["x", "y", "z"]')
-    assert load_train(f"parquet:{named}", cache=cache).class_names == CLASSES
+    assert load_train(f"parquet:{named}", storage=storage).class_names == CLASSES
     bare = write_shards(tmp_path / "bare", names=None)
     write_parquet(bare / "test-00000-of-00001.parquet", make_items("test")[:2], names=None)  # class 0 alone
-    assert load_train(f"parquet:{bare}", cache=cache).class_names == ("0", "1", "2")
-    assert load_test(f"parquet:{bare}", cache=cache).class_names == ("0", "1", "2")
+    assert load_train(f"parquet:{bare}", storage=storage).class_names == ("0", "1", "2")
+    assert load_test(f"parquet:{bare}", storage=storage).class_names == ("0", "1", "2")
 
 
-def test_label_is_preferred_to_fine_label_and_to_other_integers(tmp_path: Path, cache: Path) -> None:
+def test_label_is_preferred_to_fine_label_and_to_other_integers(tmp_path: Path, storage: Storage) -> None:
     items = make_items("train")
     others = {"fine_label": [9] * len(items), "year": [2011] * len(items)}
     path = write_parquet(tmp_path / "a.parquet", items, extra=others)
-    assert_holds(load_train(f"parquet:{path}", cache=cache), items)
+    assert_holds(load_train(f"parquet:{path}", storage=storage), items)
     path = write_parquet(tmp_path / "b.parquet", items, label="fine_label", extra={"year": others["year"]})
-    assert_holds(load_train(f"parquet:{path}", cache=cache), items)
+    assert_holds(load_train(f"parquet:{path}", storage=storage), items)
 
 
 # ---- train and test are separate
 
 
-def test_train_does_not_depend_on_the_test_part_of_parquet(tmp_path: Path, cache: Path) -> None:
+def test_train_does_not_depend_on_the_test_part_of_parquet(tmp_path: Path, storage: Storage) -> None:
     path = write_shards(tmp_path / "p", names=None)  # no names: how many classes there are must come from train alone
     source = f"parquet:{path}"
-    before = load_train(source, cache=cache / "1")
+    before = load_train(source, storage=part_of(storage, "1"))
     items = make_items("test")
     shuffled = [(label, name, content) for (_, name, content), (label, _, _) in zip(items, items[::-1], strict=True)]
     test_file = write_parquet(path / "test-00000-of-00001.parquet", [(7, *items[0][1:]), *shuffled[1:]], names=None)
-    after_shuffle = load_train(source, cache=cache / "2")
+    after_shuffle = load_train(source, storage=part_of(storage, "2"))
     test_file.write_bytes(b"not Parquet")
-    after_damage = load_train(source, cache=cache / "3")
+    after_damage = load_train(source, storage=part_of(storage, "3"))
     test_file.unlink()
-    after_removal = load_train(source, cache=cache / "4")
+    after_removal = load_train(source, storage=part_of(storage, "4"))
     for after in (after_shuffle, after_damage, after_removal):
         assert torch.equal(before.images, after.images)
         assert torch.equal(before.labels, after.labels)
         assert before.digest == after.digest
         assert before.class_names == after.class_names
-    keys = {entry.name for entry in cache.glob("*/images/*") if entry.is_dir()}
-    assert len(keys) == 1
+    assert len({entry.name for number in range(1, 5) for entry in images_in(part_of(storage, number))}) == 1
     with pytest.raises(UserError) as error:
-        load_test(source, cache=cache)
+        load_test(source, storage=storage)
     assert f"{path} has no test part" in one_sentence(error)
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_train_does_not_depend_on_the_test_part_of_images(tmp_path: Path, cache: Path, kind: str) -> None:
+def test_train_does_not_depend_on_the_test_part_of_images(tmp_path: Path, storage: Storage, kind: str) -> None:
     train, test = make_items("train"), make_items("test")
     shuffled = [(2 - label, name, content) for label, name, content in test]
     broken = [(label, name, b"not an image") for label, name, _ in test]
@@ -225,11 +236,11 @@ def test_train_does_not_depend_on_the_test_part_of_images(tmp_path: Path, cache:
         path = (
             write_folder(tmp_path / f"{index}", parts) if kind == "folder" else write_zip(tmp_path / f"{index}", parts)
         )
-        digests.add(load_train(f"imagefolder:{path}", cache=cache / f"{index}").digest)
+        digests.add(load_train(f"imagefolder:{path}", storage=part_of(storage, index)).digest)
     assert len(digests) == 1
-    assert len({entry.name for entry in cache.glob("*/images/*") if entry.is_dir()}) == 1
+    assert len({entry.name for number in range(4) for entry in images_in(part_of(storage, number))}) == 1
     with pytest.raises(UserError) as error:
-        load_test(f"imagefolder:{path}", cache=cache)
+        load_test(f"imagefolder:{path}", storage=storage)
     assert f"{path} has no test part" in one_sentence(error)
 
 
@@ -361,12 +372,14 @@ BAD = {
 
 
 @pytest.mark.parametrize(("build", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_input_gets_one_sentence(tmp_path: Path, cache: Path, build: Callable[[Path], str], message: str) -> None:
+def test_bad_input_gets_one_sentence(
+    tmp_path: Path, storage: Storage, build: Callable[[Path], str], message: str
+) -> None:
     source = build(tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        load_train(source, cache=cache)
+        load_train(source, storage=storage)
     one_sentence(error)
-    assert not [entry for entry in cache.glob("images/*") if entry.is_dir()]  # nothing is half-written
+    assert images_in(storage) == []  # nothing is half-written
 
 
 @pytest.mark.parametrize(
@@ -380,36 +393,36 @@ def test_bad_input_gets_one_sentence(tmp_path: Path, cache: Path, build: Callabl
         ('["x", "y"]', r"parquet has label 2 in row 1; with 2 classes"),
     ],
 )
-def test_bad_class_names(tmp_path: Path, cache: Path, content: str, message: str) -> None:
+def test_bad_class_names(tmp_path: Path, storage: Storage, content: str, message: str) -> None:
     path = write_shards(tmp_path / "p", names=None)
     (path / "classes.json").write_text(content)
     with pytest.raises(UserError, match=message) as error:
-        load_train(f"parquet:{path}", cache=cache)
+        load_train(f"parquet:{path}", storage=storage)
     one_sentence(error)
 
 
-def test_a_class_of_test_that_train_lacks(tmp_path: Path, cache: Path) -> None:
+def test_a_class_of_test_that_train_lacks(tmp_path: Path, storage: Storage) -> None:
     train = [item for item in make_items("train") if item[0] != 1]
     path = write_folder(tmp_path / "f", {"train": train, "test": make_items("test")})
     with pytest.raises(UserError, match=r"test/one must have a folder one in .*train") as error:
-        load_test(f"imagefolder:{path}", cache=cache)
+        load_test(f"imagefolder:{path}", storage=storage)
     one_sentence(error)
 
 
-def test_a_zip_that_unpacks_to_too_much(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imagefolder, "MAX_PART_BYTES", 10_000)
+def test_a_zip_that_unpacks_to_too_much(tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zip_images, "MAX_BYTES", 10_000)
     path = write_zip(tmp_path / "z.zip", {"train": [*make_items("train"), (0, "zeros.png", bytes(10_000))]})
-    with pytest.raises(UserError, match=r"z\.zip/train unpacks to \d+ bytes, too many; at most 10000") as error:
-        load_train(f"imagefolder:{path}", cache=cache)
+    with pytest.raises(UserError, match=r"z\.zip unpacks to more than 10000 bytes, too many\.") as error:
+        load_train(f"imagefolder:{path}", storage=storage)
     one_sentence(error)
 
 
-def test_an_image_that_is_in_a_zip_twice(tmp_path: Path, cache: Path) -> None:
+def test_an_image_that_is_in_a_zip_twice(tmp_path: Path, storage: Storage) -> None:
     items = make_items("train")
     with pytest.warns(UserWarning, match="Duplicate name"):
         path = write_zip(tmp_path / "z.zip", {"train": [*items, items[0]]})
     with pytest.raises(UserError, match=r"z\.zip/train/nil/0\.png is in the zip twice") as error:
-        load_train(f"imagefolder:{path}", cache=cache)
+        load_train(f"imagefolder:{path}", storage=storage)
     one_sentence(error)
 
 
@@ -418,27 +431,27 @@ def test_a_message_of_several_lines_becomes_one() -> None:
     assert one_line(EOFError()) == "EOFError"
 
 
-def test_a_long_thin_image_is_not_blown_up(tmp_path: Path, cache: Path) -> None:
+def test_a_long_thin_image_is_not_blown_up(tmp_path: Path, storage: Storage) -> None:
     thin = [(0, "thin.png", encode(np.zeros((1, 20_000, 3), np.uint8)))]
     path = write_folder(tmp_path / "f", {"train": thin})
     with pytest.raises(UserError, match=r"thin\.png has 20000 x 1 pixels, too many") as error:
-        load_train(f"imagefolder:{path}", cache=cache, image_size=128)
+        load_train(f"imagefolder:{path}", storage=storage, image_size=128)
     one_sentence(error)
 
 
-def test_what_pillow_warns_about_is_still_read(tmp_path: Path, cache: Path) -> None:
+def test_what_pillow_warns_about_is_still_read(tmp_path: Path, storage: Storage) -> None:
     image = Image.new("P", (12, 12), 1)
     image.putpalette(bytes(range(6)))
     image.info["transparency"] = b"\x00\x80"
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     path = write_folder(tmp_path / "f", {"train": [(0, "odd.png", buffer.getvalue())]})
-    assert load_train(f"imagefolder:{path}", cache=cache).images[0, :, 0, 0].tolist() == [3, 4, 5]
+    assert load_train(f"imagefolder:{path}", storage=storage).images[0, :, 0, 0].tolist() == [3, 4, 5]
 
 
 @pytest.mark.parametrize("source", ["", "imagenet", "digits:here", "cifar100:x", "parquet", "parquet:", "imagefolder"])
-def test_an_unknown_source_is_told_the_four_kinds(source: str, cache: Path) -> None:
-    for use in (validate_source, lambda s: load_train(s, cache=cache)):
+def test_an_unknown_source_is_told_the_four_kinds(source: str, storage: Storage) -> None:
+    for use in (validate_source, lambda s: load_train(s, storage=storage)):
         with pytest.raises(UserError) as error:
             use(source)
         message = one_sentence(error)
@@ -458,9 +471,9 @@ def test_validate_source(tmp_path: Path) -> None:
         assert bad in one_sentence(error)
 
 
-def test_image_size_must_be_positive(cache: Path) -> None:
+def test_image_size_must_be_positive(storage: Storage) -> None:
     with pytest.raises(UserError, match="image_size must be at least 1 or none, got 0"):
-        load_train("digits", cache=cache, image_size=0)
+        load_train("digits", storage=storage, image_size=0)
 
 
 # ---- ImageSet

@@ -27,7 +27,10 @@ import optuna
 from commands import ClusterPlace, Command, EndedBadlyError, LocalPlace, Place
 from end_state import differences, end_state
 
-SEARCH = "tune/search.py --deterministic --generation 2 --seeds 1 --overlaps 1 --teacher-epochs 8 --no-forecast"
+SEARCH = (
+    "tune/search.py --deterministic --trial-batch 2 --pruner halving --seeds 1 --overlaps 1 --teacher-epochs 8 "
+    "--no-forecast"
+)
 SMALL, SMALLER = "--trials 6 --epochs 8 16", "--trials 3 --epochs 4 8"
 TRAIN = "tune/train.py --overlap 0.4 --epochs 40 60 --teacher-epochs 20 --cpus-per-worker 0.5 --workers 2"
 MAX_DEATHS = 4  # of trials' processes before a driver has given one up for good, less one

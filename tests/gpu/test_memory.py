@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from refilled.config import RunConfig
-from refilled.timing import measure
+from refilled.stages import stages_of
+from refilled.storage import Storage
+from refilled.timing import Timed, step_part, time_part
 from refilled.training.compute import Compute
 from tune.backend.cluster import PROCESS_BYTES
 
@@ -23,16 +25,16 @@ pytestmark = [
 # A run in a process of its own; prints what the GPU has less of while it is there, and what its tensors took at most.
 RUN = """
 import dataclasses, sys, torch
-from pathlib import Path
 from refilled.training.compute import Compute
 from refilled.execution import execute
 from refilled.presets import smoke
+from refilled.storage import Storage
 
 free, _ = torch.cuda.mem_get_info()
 run = dataclasses.replace(
     smoke().run, student="wrn-16-4", teacher="wrn-16-4", global_batch_size=512, epochs=(1, 1), teacher_epochs=1
 )
-execute(run, Path(sys.argv[1]), Compute(torch.device("cuda", 0), run.precision))
+execute(run, Storage.open(sys.argv[1]), Compute(torch.device("cuda", 0), run.precision))
 cached = torch.cuda.memory_reserved()
 print(free - torch.cuda.mem_get_info()[0] - cached, torch.cuda.max_memory_allocated())
 """
@@ -43,9 +45,15 @@ def big(digits_run: RunConfig) -> RunConfig:
     return dataclasses.replace(digits_run, overlap=1.0, student="wrn-16-4", teacher="wrn-16-4", global_batch_size=512)
 
 
+def largest(run: RunConfig, storage: Storage, compute: Compute) -> Timed:
+    """What is found of the stage that takes the most memory."""
+    timed = [time_part(step_part(run, stage), storage, compute, seconds=0.1) for stage in stages_of(run)]
+    return max(timed, key=lambda each: each.peak_bytes)
+
+
 def test_measured_peak_is_that_of_a_run(digits_run: RunConfig, tmp_path: Path) -> None:
     compute = Compute(torch.device("cuda", 0), "float32")
-    times = measure(big(digits_run), tmp_path, compute)
+    times = largest(big(digits_run), Storage.open(tmp_path), compute)
     assert times.total_bytes == torch.cuda.get_device_properties(0).total_memory
     command = [sys.executable, "-c", RUN, str(tmp_path / "run")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -56,6 +64,7 @@ def test_measured_peak_is_that_of_a_run(digits_run: RunConfig, tmp_path: Path) -
 
 def test_a_larger_batch_takes_more(digits_run: RunConfig, tmp_path: Path) -> None:
     compute = Compute(torch.device("cuda", 0), "float32")
-    small = measure(dataclasses.replace(big(digits_run), global_batch_size=64), tmp_path, compute, budget_s=0.1)
-    large = measure(big(digits_run), tmp_path, compute, budget_s=0.1)
+    storage = Storage.open(tmp_path)
+    small = largest(dataclasses.replace(big(digits_run), global_batch_size=64), storage, compute)
+    large = largest(big(digits_run), storage, compute)
     assert 0 < 2 * small.peak_bytes < large.peak_bytes < large.total_bytes

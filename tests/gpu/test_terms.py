@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from outcomes import Interruption, interrupt_at, weights
 
 from refilled.config import RunConfig
 from refilled.execution import execute, run_folder
 from refilled.losses import relational_distillation
 from refilled.methods import METHODS
 from refilled.presets import smoke
-from refilled.storage.tensor_file import load_tensors
+from refilled.shared_caches import epochs_with_teacher
+from refilled.storage import Storage
 from refilled.training.compute import Compute
 
 pytestmark = [
@@ -28,6 +30,11 @@ def small_run(method: str, precision: str) -> RunConfig:
     return dataclasses.replace(smoke().run, method=method, overlap=1.0, precision=precision, **small)
 
 
+def with_cache(run: RunConfig) -> RunConfig:
+    """The run with its teacher looked up, where its terms can be served so."""
+    return run.with_overrides({"embedding_cache.mode": "cached"}) if epochs_with_teacher(run) else run
+
+
 def devices() -> list[torch.device]:
     return [torch.device("cpu"), torch.device("cuda", 0)]
 
@@ -37,30 +44,23 @@ def test_a_gpu_gives_the_numbers_of_a_cpu(method: str, tmp_path: Path) -> None:
     """In float64, where sums in another order differ by the last digits only."""
     rows = []
     for device in devices():
-        run = small_run(method, "float64")
-        execute(run, tmp_path / device.type, Compute(device, "float64"), num_sharing_runs=100)
-        rows.append(run_folder(run, tmp_path / device.type).rows())
+        run, storage = with_cache(small_run(method, "float64")), Storage.open(tmp_path / device.type)
+        execute(run, storage, Compute(device, "float64"))
+        rows.append(run_folder(run, storage).rows())
     for on_cpu, on_gpu in zip(*rows, strict=True):
-        assert on_gpu["train_loss"] == pytest.approx(on_cpu["train_loss"], rel=1e-6)
-        assert on_gpu["gradient_norm"] == pytest.approx(on_cpu["gradient_norm"], rel=1e-5)
+        assert on_gpu.train_loss == pytest.approx(on_cpu.train_loss, rel=1e-6)
+        assert on_gpu.gradient_norm == pytest.approx(on_cpu.gradient_norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_trains_to_finite_numbers_and_goes_on_from_a_checkpoint(method: str, tmp_path: Path) -> None:
-    class Interruption(BaseException):
-        pass
-
-    def interrupt(row: dict[str, object]) -> None:
-        if row["epoch"] == 1:
-            raise Interruption
-
-    run, compute = small_run(method, "bfloat16"), Compute(torch.device("cuda", 0), "bfloat16")
+    run, compute = with_cache(small_run(method, "bfloat16")), Compute(torch.device("cuda", 0), "bfloat16")
+    storage = Storage.open(tmp_path)
     with pytest.raises(Interruption):
-        execute(run, tmp_path, compute, interrupt, num_sharing_runs=100)
-    row = execute(run, tmp_path, compute, num_sharing_runs=100)
-    assert row["finished"]
-    weights = load_tensors(run_folder(run, tmp_path).path / "model.pt")["weights"]
-    assert all(bool(torch.isfinite(each.float()).all()) for each in weights.values())
+        execute(run, storage, compute, interrupt_at(1))
+    assert execute(run, storage, compute).finished
+    kept = weights(run_folder(run, storage))
+    assert all(bool(torch.isfinite(each.float()).all()) for each in kept.values())
 
 
 @pytest.mark.parametrize("size", [256, 1024])

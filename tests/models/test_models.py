@@ -132,21 +132,11 @@ def test_initial_weights_have_the_law_they_should() -> None:
     assert 0.9 / 16 < model.head.weight.abs().max() <= 1 / 16  # 1/sqrt(256)
 
 
-def test_weights_are_a_function_of_the_seed_alone() -> None:
-    torch.manual_seed(1)
+def test_another_seed_gives_other_weights_and_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
-    first = build("wrn-10-1", seed=5)
+    first, other = build("wrn-10-1", seed=5), build("wrn-10-1", seed=6)
     assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(2)
-    again, other, wider_head = (
-        build("wrn-10-1", seed=5),
-        build("wrn-10-1", seed=6),
-        build("wrn-10-1", seed=5, num_classes=3),
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
     assert not torch.equal(first.conv.weight, other.conv.weight)
-    embedding = zip(parameters_of_embedding(first), parameters_of_embedding(wider_head), strict=True)
-    assert all(torch.equal(a, b) for a, b in embedding)
 
 
 @pytest.mark.parametrize(
@@ -259,16 +249,12 @@ def test_dropout_without_keys_says_so() -> None:
         KeyedDropout(1.0)
 
 
-@pytest.mark.parametrize("name", ["wrn-16-1", "convnet-8"])
-def test_model_drops_by_key_and_not_by_global_generator(name: str) -> None:
+@pytest.mark.parametrize(("name", "count"), [("wrn-16-1", 6), ("convnet-8", 1)])
+def test_each_layer_drops_by_its_own_mask(name: str, count: int) -> None:
     model = build(name, dropout=0.3)
     layers = [m.layer for m in model.modules() if isinstance(m, KeyedDropout)]
-    assert len(set(layers)) == len(layers) == (6 if name == "wrn-16-1" else 1)
-    before = torch.get_rng_state()
-    keys = torch.arange(4)
-    first, again, other = model(images(), keys), model(images(), keys), model(images(), keys + 4)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first.embedding, again.embedding)
+    assert len(set(layers)) == len(layers) == count
+    first, other = model(images(), torch.arange(4)), model(images(), torch.arange(4) + 4)
     assert not torch.allclose(first.embedding, other.embedding)
 
 
@@ -287,11 +273,6 @@ def test_bfloat16_channels_last_is_close_to_float32(name: str) -> None:
     torch.testing.assert_close(output.logits, fast.head(output.embedding))  # the head is not rounded
     output.logits.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in fast.parameters())
-
-
-def test_float64_stays_float64() -> None:
-    output = build("wrn-10-1").double()(images().double())
-    assert output.embedding.dtype == output.logits.dtype == torch.float64
 
 
 def test_convnet_learns_digits() -> None:

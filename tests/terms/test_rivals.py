@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from outcomes import Interruption, assert_same_outcome, interrupt_at
 from term_bench import LABELS, Bench
 
 from refilled.config import RunConfig
@@ -24,9 +25,10 @@ from refilled.losses import (
     variational_loss,
 )
 from refilled.presets import smoke
+from refilled.shared_caches import epochs_with_teacher, pays
+from refilled.storage import Storage
 from refilled.storage.tensor_file import load_tensors
 from refilled.terms.crd import Crd
-from refilled.training import learner as learner_module
 from refilled.training.compute import Compute
 
 WITH_STATE = ("aml", "fitnet", "vid", "crd")
@@ -199,41 +201,20 @@ class TestCrd:
         torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["rkd", "aml", "fitnet", "vid", "crd", "at"])
-def test_no_gradient_reaches_the_teacher_and_a_worker_without_images_has_rows(bench: Bench, method: str) -> None:
+@pytest.mark.parametrize("method", ["rkd", "aml", "fitnet", "vid", "at"])
+def test_no_gradient_reaches_the_teacher(bench: Bench, method: str) -> None:
+    """Not crd, which trains a map on top of the frozen embedding."""
     teacher = bench.local.known_teacher
     asked = teacher._replace(
         embedding=teacher.embedding.clone().requires_grad_(),
         features=tuple(m.clone().requires_grad_() for m in teacher.features),
     )
-    term = bench.term(method, method)
     student = bench.local.student._replace(
         embedding=bench.local.student.embedding.clone().requires_grad_(),
         features=tuple(m.clone().requires_grad_() for m in bench.local.student.features),
     )
-    bench.loss(term, dataclasses.replace(bench.local, student=student, teacher=asked)).backward()
-    reached = [student.embedding.grad, *(m.grad for m in student.features)]
-    assert any(grad is not None and float(grad.abs().sum()) > 0 for grad in reached)
-    if method != "crd":  # of which the teacher's side is trained too: the map on top of the frozen embedding
-        assert all(
-            each.grad is None or float(each.grad.abs().sum()) == 0 for each in (asked.embedding, *asked.features)
-        )
-    if method == "fitnet":
-        term.eval()  # one process's batch norm wants an image; that of a group is tested in test_world_size
-    none = dataclasses.replace(
-        bench.local,
-        image_ids=bench.local.image_ids[:0],
-        labels=LABELS[:0],
-        student=bench.local.student._replace(
-            embedding=student.embedding[:0], features=tuple(m[:0] for m in student.features)
-        ),
-        teacher=teacher._replace(embedding=teacher.embedding[:0], features=tuple(m[:0] for m in teacher.features)),
-    )
-    assert all(len(rows) == 0 for rows in term.rows(none).values())
-
-
-class Interruption(BaseException):
-    """Ends a run between two epochs."""
+    bench.loss(bench.term(method, method), dataclasses.replace(bench.local, student=student, teacher=asked)).backward()
+    assert all(each.grad is None or float(each.grad.abs().sum()) == 0 for each in (asked.embedding, *asked.features))
 
 
 def small_run(method: str) -> RunConfig:
@@ -251,71 +232,41 @@ def small_run(method: str) -> RunConfig:
 
 @pytest.mark.parametrize("method", WITH_STATE)
 def test_interrupted_run_ends_as_if_it_had_not_been(
-    method: str, storage: Path, tmp_path: Path, compute: Compute
+    method: str, storage: Storage, tmp_path: Path, compute: Compute
 ) -> None:
     """Parameters and memories of terms, and the optimiser's part of them, come back from the checkpoint."""
-
-    def interrupt(row: dict[str, Any]) -> None:
-        if row["epoch"] == 2:
-            raise Interruption
-
     run = small_run(method)
     execute(run, storage, compute)
+    interrupted = Storage.open(tmp_path)
     with pytest.raises(Interruption):
-        execute(run, tmp_path, compute, interrupt)
-    kept = load_tensors(run_folder(run, tmp_path).path / "checkpoint.pt")
+        execute(run, interrupted, compute, interrupt_at(2))
+    kept = load_tensors(run_folder(run, interrupted).path / "checkpoint.pt")
     assert kept["terms"]
-    execute(run, tmp_path, compute)
-    times = ("images_per_second", "epoch_s")
-    rows = [
-        [{k: v for k, v in row.items() if k not in times} for row in run_folder(run, where).rows()]
-        for where in (storage, tmp_path)
-    ]
-    assert rows[0] == rows[1]
-    weights = [load_tensors(run_folder(run, where).path / "model.pt")["weights"] for where in (storage, tmp_path)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    execute(run, interrupted, compute)
+    assert_same_outcome(run_folder(run, interrupted), run_folder(run, storage))
 
 
-@pytest.mark.parametrize("method", WITH_STATE)
-def test_terms_begin_alike_wherever_they_are_made(
-    method: str, tmp_path: Path, compute: Compute, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[dict[str, torch.Tensor]] = []
-    begin = learner_module.begin_stage
-
-    def spy(learner: Any, stage: Any) -> None:
-        torch.rand(1)  # a global generator that stands elsewhere must not matter
-        begin(learner, stage)
-        seen.append({name: each.clone() for name, each in learner.terms.state_dict().items()})
-
-    monkeypatch.setattr("refilled.training.loop.begin_stage", spy)
-    run = dataclasses.replace(small_run(method), epochs=(1, 1))
-
-    for folder in ("a", "b"):
-        execute(run, tmp_path / folder, compute)
-    with_state = [state for state in seen if state]
-    assert len(with_state) == 2
-    for name, value in with_state[0].items():
-        torch.testing.assert_close(with_state[1][name], value, rtol=0, atol=0, equal_nan=True)
+def losses_by_mode(run: RunConfig, folder: Path, compute: Compute, modes: tuple[str, str]) -> list[float]:
+    """The last epoch's, each in a storage of its own."""
+    storages = {mode: Storage.open(folder / mode) for mode in modes}
+    runs = {mode: run.with_overrides({"embedding_cache.mode": mode}) for mode in modes}
+    return [execute(runs[mode], storages[mode], compute).train_loss for mode in modes]
 
 
 @pytest.mark.parametrize("method", ON_MAPS)
-def test_maps_come_from_the_live_teacher_whatever_the_bank_says(method: str, tmp_path: Path, compute: Compute) -> None:
-    run = dataclasses.replace(small_run(method), epochs=(1, 1))
-    rows = [
-        execute(run.with_overrides({"bank.mode": mode}), tmp_path / mode, compute, num_sharing_runs=1000)
-        for mode in ("live", "auto")
-    ]
-    assert rows[0]["train_loss"] == rows[1]["train_loss"]
-    assert not list(tmp_path.glob("auto/banks/*/meta.json"))
+def test_maps_come_from_the_live_teacher_where_a_cache_would_pay(method: str, tmp_path: Path, compute: Compute) -> None:
+    run = dataclasses.replace(small_run(method), epochs=(1, 2)).with_overrides({"views.num_views": 1})
+    assert pays(run, epochs=2)  # were it of use
+    assert epochs_with_teacher(run) == 0
+    live, auto = losses_by_mode(run, tmp_path, compute, ("live", "auto"))
+    assert live == auto
+    assert not list(tmp_path.glob("*/cache/embeddings/*"))
 
 
 @pytest.mark.parametrize("method", ["rkd", "aml", "crd"])
 def test_embeddings_from_the_cache_give_the_same_run(method: str, tmp_path: Path, compute: Compute) -> None:
     run = dataclasses.replace(small_run(method), epochs=(1, 1))
-    rows = [
-        execute(run.with_overrides({"bank.mode": mode}), tmp_path / mode, compute, num_sharing_runs=1000)
-        for mode in ("live", "bank")
-    ]
-    assert rows[0]["train_loss"] == rows[1]["train_loss"]
-    assert list(tmp_path.glob("bank/banks/*/meta.json"))
+    live, cached = losses_by_mode(run, tmp_path, compute, ("live", "cached"))
+    assert live == cached
+    assert not list(tmp_path.glob("live/cache/embeddings/*"))
+    assert list(tmp_path.glob("cached/cache/embeddings/*/manifest.json"))

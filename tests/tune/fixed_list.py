@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from refilled.storage import Storage
 from tune.backend.tuner import TrialFunction, run_trials
 
 Row = Mapping[str, Any]
@@ -65,10 +65,10 @@ class Errors(Callback):
 def run_list(
     function: TrialFunction,
     samples: Sequence[Mapping[str, Any]],
-    folder: Path,
+    storage: Storage,
     stops: Callable[[str, Row], bool] = lambda name, row: False,
 ) -> tuple[dict[str, list[Row]], dict[str, str]]:
     """Run samples, each with a `name`, one after the other; the rows and the errors by name."""
     watcher, errors = Watcher(stops), Errors()
-    run_trials(function, FixedList(samples), watcher, slots=1, name="list", storage=folder, callbacks=[errors])
+    run_trials(function, FixedList(samples), watcher, slots=1, name="list", storage=storage, callbacks=[errors])
     return watcher.rows, errors.by_name

@@ -5,6 +5,7 @@ import time
 import optuna
 import pytest
 from optuna.trial import TrialState
+from outcomes import row_of
 from ray.tune.search import Searcher
 
 from refilled.config import RunConfig
@@ -26,14 +27,14 @@ def memory():
     return optuna.storages.InMemoryStorage()
 
 
+def row(epoch, value, seconds=0.0):
+    return row_of(
+        epoch, val_accuracy=value, best_val_accuracy=value, finished=epoch == EPOCHS, epoch_s=seconds
+    ).to_dict()
+
+
 def last_row(value, seconds=0.0):
-    return {
-        "epoch": EPOCHS,
-        "val_accuracy": value,
-        "best_val_accuracy": value,
-        "finished": True,
-        "epoch_s": seconds,
-    }
+    return row(EPOCHS, value, seconds)
 
 
 def order_of(searcher, value_of, limit=100):
@@ -49,7 +50,7 @@ def order_of(searcher, value_of, limit=100):
 
 
 def test_a_cell_begins_when_its_neighbours_are_done_and_with_their_winners(memory):
-    plans = [plan("a"), plan("b", donors=("a",)), plan("c", donors=("b", "a"))]
+    plans = [plan("a"), plan("b", source_cells=("a",)), plan("c", source_cells=("b", "a"))]
     searcher = StudySearcher(plans, memory, Rules(seed=3))
     order = order_of(
         searcher, lambda each: 0.9 - 0.01 * each["number"] if each["cell"] == "b" else 0.01 * each["number"]
@@ -65,14 +66,14 @@ def test_a_cell_begins_when_its_neighbours_are_done_and_with_their_winners(memor
 
 
 def test_without_transfer_cells_take_turns_and_receive_nothing(memory):
-    plans = [plan("a"), plan("b", donors=("a",))]
+    plans = [plan("a"), plan("b", source_cells=("a",))]
     searcher = StudySearcher(plans, memory, Rules(transfer=False))
     assert order_of(searcher, lambda each: 0.5) == ["a", "b"] * 4
     assert not [t for t in searcher.trials("b") if t.user_attrs.get("origin") == "transfer"]
 
 
 def test_nobody_idles_for_a_neighbour_that_is_not_done(memory):
-    plans = [plan("a"), plan("b", donors=("a",))]
+    plans = [plan("a"), plan("b", source_cells=("a",))]
     searcher = StudySearcher(plans, memory, Rules())
     started = [searcher.suggest(str(index))["cell"] for index in range(6)]
     assert started == ["a", "a", "a", "a", "b", "b"]
@@ -126,7 +127,7 @@ def run_side_by_side(searcher, value_of, *, slots=1, seed=0, fails=()):
         each = running.pop(trial_id)
         is_bad = (each["cell"], each["number"]) in fails
         for epoch in range(1, EPOCHS):
-            searcher.on_trial_result(trial_id, last_row(value_of(each)) | {"epoch": epoch, "finished": False})
+            searcher.on_trial_result(trial_id, row(epoch, value_of(each)))
         searcher.on_trial_complete(trial_id, None if is_bad else last_row(value_of(each)), error=is_bad)
     raise AssertionError("the search did not end")
 
@@ -157,7 +158,7 @@ def test_studies_of_a_group_end_with_as_many_trials_each(memory, deterministic, 
 def test_groups_of_different_sizes_are_level_in_deterministic_rounds(memory):
     """Half of what is left is given out in a round, but never a part of a group's share."""
     plans = [*two_groups(), plan("z student", num_trials=8, group="z"), plan("z kd", num_trials=8, group="z")]
-    rules = Rules(transfer=False, deterministic=True, sampler="random", generation=1)
+    rules = Rules(transfer=False, deterministic=True, sampler="random", trial_batch=1)
     searcher = StudySearcher(plans, memory, rules, Budget(adaptive_share=0.25))
     run_side_by_side(searcher, close_in("x rkd"), slots=3)
     rounds = optuna.load_study(study_name=plans[0].name, storage=memory).user_attrs["rounds"]

@@ -18,8 +18,9 @@ from tune.train import TrainConfig
 DEFAULT = ("student", "refilled")
 OWN = """
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 from refilled.config import Float, Searched, TermConfig
+from refilled.config.fields import Range
 from refilled.terms import Needs, Term
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Settings(TermConfig):
 
     strength: float = 0.5
     \"\"\"How strongly embeddings are pulled to zero.\"\"\"
+    share: Annotated[float, Range(0, 1)] = 0.5
 
 class Mine(Term):
     name: ClassVar[str] = "mine"
@@ -163,7 +165,7 @@ def flags_of(command: Any, arguments: list[str], capsys: pytest.CaptureFixture[s
     """The flags of terms that `--help` shows, such as `--rkd.angle-ratio`."""
     assert command([*arguments, "--help"]) == 0
     words = capsys.readouterr().out.replace("│", " ").replace(",", " ").split()
-    own = ("--embedding.", "--classifier.", "--optimizer.", "--views.", "--pretraining.", "--bank.")
+    own = ("--embedding.", "--classifier.", "--optimizer.", "--views.", "--pretraining.", "--embedding-cache.")
     return {word for word in words if word.startswith("--") and "." in word and not word.startswith(own)}
 
 
@@ -222,7 +224,7 @@ def test_a_term_in_a_file_of_the_users_is_a_method(
     own: str, searched: list[SearchConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert flags_of(search_module.command, ["--method", own], capsys) == {"--mine.strength"}
+    assert flags_of(search_module.command, ["--method", own], capsys) == {"--mine.strength", "--mine.share"}
     search_module.command(["--method", own, "--help"])
     assert "How strongly embeddings are pulled to zero." in " ".join(capsys.readouterr().out.replace("│", " ").split())
     words = [own, f"rkd+{own}>cross_entropy", "--mine.strength", "0.25", "--overlaps", "0", "--storage", "storage"]
@@ -233,17 +235,35 @@ def test_a_term_in_a_file_of_the_users_is_a_method(
     student, alone, beside = (cell.run for cell in plan.cells)
     assert student.sources.to_dict() == {}
     assert alone.sources.to_dict() == beside.sources.to_dict() == {"terms/own.py": OWN}
-    assert settings_of(alone) == {"mine": {"strength": 0.25}}
+    assert settings_of(alone) == {"mine": {"strength": 0.25, "share": 0.5}}
     assert [cell.teacher for cell in plan.cells] == ["none", "none", "convnet-32"]  # the term asks no teacher
     (stage,) = stages_of(alone)
     assert [term.name for term in stage.terms] == ["cross_entropy", "mine"]
     assert term_config(stage.terms[1], alone).strength == 0.25  # type: ignore[attr-defined]
 
 
+def test_a_users_settings_are_checked_by_their_types(own: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--mine.share=-1", "--overlaps", "0", "--storage", "storage"]
+    assert search_module.command(["--method", own, *words]) == 2
+    assert capsys.readouterr().err == "search: mine.share must be in [0, 1], got -1.0.\n"
+
+
+def test_help_shows_defaults_and_bounds(
+    own: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert search_module.command(["--methods", "rkd", own, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "[default: none; at least 4]" in shown
+    assert "over that of the distance loss; 0: distances alone. [default: 2.0; at least 0]" in shown
+    assert "pulled to zero. [default: 0.5]" in shown
+    assert "[default: 0.5; in [0, 1]]" in shown
+
+
 def test_a_training_takes_a_file_of_the_users(own: str, trained: list[TrainConfig]) -> None:
     assert train_module.command(["--method", own, "--mine.strength", "0.125"]) == 0
     (cell,) = make_plan(trained[0].as_search()).cells
-    assert settings_of(cell.run) == {"mine": {"strength": 0.125}}
+    assert settings_of(cell.run) == {"mine": {"strength": 0.125, "share": 0.5}}
     assert cell.run.epochs == (0, trained[0].run.epochs[1])
 
 

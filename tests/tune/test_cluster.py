@@ -10,7 +10,7 @@ import pytest
 
 from refilled.config import SearchConfig
 from refilled.errors import UserError
-from tune.backend import nodes
+from tune.backend import nodes, ray_private
 from tune.backend.cluster import MAX_SLOTS, PROCESS_BYTES, fit, fit_nodes, workers_per_gpu
 from tune.backend.nodes import Nodes, launcher_nodes, may_grow_to, nodes_now
 
@@ -146,3 +146,20 @@ def test_resources_say_threads_and_rays_words() -> None:
     assert resources.num_threads == 2
     assert resources.per_worker == {"CPU": 2.5, "GPU": 0.5}
     assert dataclasses.replace(resources, gpus_per_worker=0.0).per_worker == {"CPU": 2.5}
+
+
+@pytest.mark.ray
+def test_what_is_private_of_ray_is_where_it_is_looked_for(local_ray: None) -> None:
+    """All that `ray_private` imports, which passes over what another version has moved."""
+    import ray
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray._private.state import state
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    assert ray.__version__.startswith("2.60."), "look at all that ray_private.py uses again, then at this test"
+    assert callable(state.get_cluster_config)
+    assert hasattr(NodeInfoGcsServiceStub(init_grpc_channel("127.0.0.1:1")), "GetClusterId")
+    assert GetClusterIdRequest() is not None
+    assert isinstance(ray_private.has_dashboard(), bool)
+    ray_private.require_answer(ray.get_runtime_context().gcs_address, 10.0)

@@ -6,6 +6,7 @@ import random
 import optuna
 import pytest
 from optuna.trial import TrialState
+from outcomes import row_of
 from ray.tune.search import Searcher
 
 from refilled.config import RunConfig
@@ -28,8 +29,8 @@ def plans(num_trials=8):
     def one(key, **more):
         return StudyPlan(key=key, name=f"s-{key}", run=run, num_trials=num_trials, num_epochs=sum(EPOCHS), **more)
 
-    first = [one("a", group="x"), one("b", group="y", donors=("a",))]
-    return [*first, one("c", group="x"), one("d", group="y", donors=("c",))]
+    first = [one("a", group="x"), one("b", group="y", source_cells=("a",))]
+    return [*first, one("c", group="x"), one("d", group="y", source_cells=("c",))]
 
 
 def value_of(suggestion, epoch):
@@ -68,9 +69,8 @@ class Clock:
         epoch = self.epochs[trial_id]
         value = value_of(suggestion, epoch)
         is_last = epoch == sum(EPOCHS)
-        row = {"epoch": epoch, "val_accuracy": value, "finished": is_last, "epoch_s": 1.0}
-        if epoch > EPOCHS[0]:
-            row |= {"best_val_accuracy": value, "best_epoch": epoch}
+        best = {"best_val_accuracy": value, "best_epoch": epoch} if epoch > EPOCHS[0] else {}
+        row = row_of(epoch, val_accuracy=value, finished=is_last, **best).to_dict()
         decision = StudyScheduler(self.searcher).on_trial_result(None, Trial(trial_id), row)
         if decision == "CONTINUE":
             self.searcher.on_trial_result(trial_id, row)
@@ -108,7 +108,7 @@ def search(rules, budget=Budget(), *, slots, seed, storage=None, kill_after=()):
     return state_of(storage, cells)
 
 
-RULES = Rules(deterministic=True)
+RULES = Rules(deterministic=True, pruner="halving")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_the_order_in_which_trials_end_changes_nothing(undisturbed, slots, seed)
 
 
 def test_as_trials_end_it_changes_what_is_drawn():
-    rules = Rules(deterministic=False)
+    rules = Rules(deterministic=False, pruner="halving")
     assert search(rules, slots=2, seed=1) != search(rules, slots=3, seed=2)
 
 
@@ -175,7 +175,7 @@ def test_a_driver_that_dies_between_two_writes_changes_nothing(undisturbed, meth
 
 
 def test_epochs_are_shared_alike_and_never_exceeded():
-    for rules in (RULES, Rules()):
+    for rules in (RULES, Rules(pruner="halving")):
         for most in (4 * 9, 100, 150):
             storage = optuna.storages.InMemoryStorage()
             end = search(rules, Budget(max_epochs_total=most, adaptive_share=0.25), slots=3, seed=most, storage=storage)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import outcomes
 import pytest
 import torch
+from outcomes import assert_close_outcome, row_of
 
 from refilled.config import RunConfig
 from refilled.execution import execute, run_folder
+from refilled.metrics import END, EpochMetrics, Report, TrialEnd
+from refilled.storage import Storage
 from tune.backend.cluster import Resources
 from tune.backend.tuner import trial_function
 from tune.backend.worker_group import MAX_REPEATS
@@ -27,17 +31,26 @@ RESOURCES = Resources(num_workers=2, cpus_per_worker=1.0, gpus_per_worker=0.0, s
 EPOCHS = 3
 
 
-def body(job: str, config: Mapping[str, Any], storage: str, *, on_report: Callable[..., None], **others: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Attended(EpochMetrics):
+    """A row that says who took part."""
+
+    total: float
+    pids: list[int]
+    bundles: str
+
+
+def body(job: str, config: Mapping[str, Any], storage: Storage, *, on_report: Report, **others: Any) -> None:
     """A run of three epochs that says who took part, keeps its epoch in a file, and has one accident."""
     import ray.util
     import torch.distributed as dist
 
     from refilled.distributed import agree, gather_rows, rank
 
-    accident, marker = config["accident"], Path(storage) / config["name"]
+    accident, marker = config["accident"], storage.root / config["name"]
     is_due = agree(accident.endswith("always") or not marker.exists())  # rank 0 says so to all
     marker.touch()
-    kept = Path(storage) / f"{config['name']}.json"
+    kept = storage.root / f"{config['name']}.json"
     first = json.loads(kept.read_text()) if kept.exists() else 0
     pids = gather_rows(torch.tensor([os.getpid()])).tolist()
     for epoch in range(first + 1, EPOCHS + 1):
@@ -49,9 +62,9 @@ def body(job: str, config: Mapping[str, Any], storage: str, *, on_report: Callab
             kept.write_text(str(epoch))
         bundles = ray.util.get_current_placement_group().id.hex()
         try:
-            on_report({"epoch": epoch, "total": total.item(), "pids": pids, "bundles": bundles})
+            on_report(Attended(**vars(row_of(epoch)), total=total.item(), pids=pids, bundles=bundles))
         except BaseException as error:
-            (Path(storage) / f"{config['name']} left by {rank()}").write_text(type(error).__name__)
+            (storage.root / f"{config['name']} left by {rank()}").write_text(type(error).__name__)
             raise
 
 
@@ -78,10 +91,12 @@ def run_group(names_to_accidents: Mapping[str, str], folder: Path, stops: Callab
     import ray.cloudpickle
     from fixed_list import run_list
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
-    function = trial_function(RESOURCES, folder, num_sharing_runs=1, backend="auto", body=body)
+    for module in (sys.modules[__name__], outcomes):  # workers cannot import a test module
+        ray.cloudpickle.register_pickle_by_value(module)
+    storage = Storage.open(folder)
+    function = trial_function(RESOURCES, storage, backend="auto", body=body)
     samples = [{"name": name, "config": {"name": name, "accident": each}} for name, each in names_to_accidents.items()]
-    return run_list(function, samples, folder, stops or (lambda name, row: False))
+    return run_list(function, samples, storage, stops or (lambda name, row: False))
 
 
 def is_alive(pid: int) -> bool:
@@ -100,7 +115,8 @@ def wait_until(condition: Callable[[], bool]) -> bool:
 
 
 def epochs(rows: list[Mapping[str, Any]]) -> list[int]:
-    return [row["epoch"] for row in rows]
+    """Of all rows but the trial's end."""
+    return [row["epoch"] for row in rows if END not in row]
 
 
 def test_processes_are_kept_through_ends_stops_and_divergence(local_ray: None, tmp_path: Path) -> None:
@@ -114,10 +130,8 @@ def test_processes_are_kept_through_ends_stops_and_divergence(local_ray: None, t
     left_by = [(tmp_path / f"stopped left by {rank}").read_text() for rank in range(2)]
     assert left_by == ["SystemExit", "_LeftByRankZero"]
     assert [row["total"] for row in rows["last"]] == [2.0, 4.0, 6.0]
-    assert epochs(rows["diverged"]) == [1, 2]
-    last_word = rows["diverged"][-1]
-    assert math.isnan(last_word["val_accuracy"])
-    assert (last_word["diverged"], last_word["failure"]) == (True, "on purpose")
+    assert epochs(rows["diverged"]) == [1]
+    assert TrialEnd.from_dict(rows["diverged"][-1]) == TrialEnd("diverged", "on purpose")
     whole = [row for each in rows.values() for row in each if "pids" in row]
     assert len({tuple(row["pids"]) for row in whole}) == 1  # the same two processes for all trials
     assert len(set(whole[0]["pids"])) == 2
@@ -136,10 +150,10 @@ def test_a_lost_helper_is_replaced_and_the_run_continues(local_ray: None, tmp_pa
         helpers = [row["pids"][1] for row in rows[name]]
         assert helpers[0] != helpers[1] == helpers[2]
         assert not is_alive(helpers[0])
-    assert epochs(rows["hopeless"]) == [1, 2]
-    failure = rows["hopeless"][-1]["failure"]
-    assert failure.startswith(f"A worker of the trial failed {1 + MAX_REPEATS} times:")
-    assert not rows["hopeless"][-1]["diverged"]
+    assert epochs(rows["hopeless"]) == [1]
+    end = TrialEnd.from_dict(rows["hopeless"][-1])
+    assert end.kind == "failed"
+    assert end.reason.startswith(f"A worker of the trial failed {1 + MAX_REPEATS} times:")
     assert rows["last"][0]["pids"][1] != rows["hopeless"][0]["pids"][1]
 
 
@@ -156,15 +170,15 @@ def test_rank_0_is_tunes_business_and_takes_its_helpers_with_it(local_ray: None,
     assert epochs(rows["last"]) == [1, 2, 3]
 
 
-def lose_helper(job: Any, config: Mapping[str, Any], storage: str, *, on_report: Any, **others: Any) -> None:
+def lose_helper(job: Any, config: Mapping[str, Any], storage: Storage, *, on_report: Report, **others: Any) -> None:
     """`work`, in which the helper is killed once, when it has the third row."""
     from refilled.distributed import rank
     from tune.backend.worker import work
 
-    def report(row: dict[str, Any]) -> None:
+    def report(row: EpochMetrics) -> None:
         on_report(row)
-        marker = Path(storage) / "killed"
-        if rank() == 1 and row["epoch"] == 3 and not marker.exists():
+        marker = storage.root / "killed"
+        if rank() == 1 and row.epoch == 3 and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -181,26 +195,21 @@ def test_two_workers_give_the_numbers_of_one_though_one_is_killed(
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     run = dataclasses.replace(digits_run, epochs=(2, 3), teacher_epochs=2, precision="float64")
-    execute(run, tmp_path / "alone", Compute(torch.device("cpu"), "float64"))
-    group = tmp_path / "group"
-    function = trial_function(RESOURCES, group, num_sharing_runs=1, backend="auto", body=lose_helper)
+    group, alone = (Storage.open(tmp_path / name) for name in ("group", "alone"))
+    execute(run, alone, Compute(torch.device("cpu"), "float64"))
+    function = trial_function(RESOURCES, group, backend="auto", body=lose_helper)
     rows, errors = run_list(function, [{"name": "run", "config": run.to_dict()}], group)
     assert not errors
-    assert (group / "killed").exists()
-    found = [run_folder(run, folder) for folder in (group, tmp_path / "alone")]
-    assert list(dict.fromkeys(epochs(rows["run"]))) == epochs(found[0].rows()) == [1, 2, 3, 4, 5]
-    for ours, alone in zip(found[0].rows(), found[1].rows(), strict=True):
-        assert ours["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-9)
-        assert ours["val_accuracy"] == alone["val_accuracy"]
-    weights = [torch.load(folder.path / "model.pt")["weights"] for folder in found]
-    for name, tensor in weights[1].items():
-        assert torch.allclose(weights[0][name], tensor, rtol=1e-9, atol=1e-9), name
+    assert (group.root / "killed").exists()
+    assert list(dict.fromkeys(epochs(rows["run"]))) == [1, 2, 3, 4, 5]
+    assert_close_outcome(run_folder(run, group), run_folder(run, alone))
 
 
 def test_a_torch_trainer_needs_new_processes_and_the_dashboard(local_ray: None, tmp_path: Path) -> None:
     from fixed_list import run_list
 
-    trainer = trial_function(RESOURCES, tmp_path, num_sharing_runs=1, backend="torch_trainer")
+    storage = Storage.open(tmp_path)
+    trainer = trial_function(RESOURCES, storage, backend="torch_trainer")
     assert (trainer.has_trainer, trainer.reuse_actors) == (True, False)
     with pytest.raises(AssertionError):  # this Ray has no dashboard
-        run_list(trainer, [], tmp_path)
+        run_list(trainer, [], storage)

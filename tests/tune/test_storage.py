@@ -15,15 +15,18 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
+from outcomes import row_of
 
 from refilled.config import RunConfig
 from refilled.errors import UserError
 from refilled.presets import smoke
-from tune.continuing import only_driver_of_database
+from refilled.storage import Storage
 from tune.plan import make_plan
-from tune.studies.searcher import StudyPlan, StudyScheduler, StudySearcher, open_storage
+from tune.resume import only_driver_of_database
+from tune.studies.searcher import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage
 
 psycopg = pytest.importorskip("psycopg")
+RULES = Rules(pruner="halving")
 EPOCHS = 8
 PASSWORD = secrets.token_hex(8)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -156,14 +159,8 @@ class Trial:
 
 
 def make_row(epoch, value):
-    return {
-        "epoch": epoch,
-        "stage": "classifier",
-        "val_accuracy": value,
-        "best_val_accuracy": value,
-        "best_epoch": epoch,
-        "finished": epoch == EPOCHS,
-    }
+    row = row_of(epoch, val_accuracy=value, best_val_accuracy=value, best_epoch=epoch, finished=epoch == EPOCHS)
+    return row.to_dict()
 
 
 def run_trial(searcher, trial_id, values, *, end=True):
@@ -185,7 +182,7 @@ def stored_trials(storage, key):
 
 
 def test_a_study_is_written_and_continued_by_another_driver(open_again):
-    first = StudySearcher([plan("cell")], open_again())
+    first = StudySearcher([plan("cell")], open_again(), RULES)
     for index in range(4):
         run_trial(first, f"good{index}", [0.8] * EPOCHS)
     run_trial(first, "bad", [0.3] * EPOCHS)
@@ -195,7 +192,7 @@ def test_a_study_is_written_and_continued_by_another_driver(open_again):
     storage = open_again()
     states = [trial.state for trial in stored_trials(storage, "cell")]
     assert states == [TrialState.COMPLETE] * 4 + [TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING]
-    second = StudySearcher([plan("cell")], storage)
+    second = StudySearcher([plan("cell")], storage, RULES)
     counts = second.counts("cell")
     assert (counts.complete, counts.pruned, counts.failed) == (4, 1, 1)
     again = run_trial(second, "left", [0.9, 0.95, *[0.97] * 6])
@@ -211,8 +208,8 @@ def test_a_study_is_written_and_continued_by_another_driver(open_again):
 
 
 def test_two_searches_on_one_database_do_not_see_each_other(open_again):
-    low = StudySearcher([plan("low", num_trials=4)], open_again())
-    high = StudySearcher([plan("high", num_trials=4)], open_again())
+    low = StudySearcher([plan("low", num_trials=4)], open_again(), RULES)
+    high = StudySearcher([plan("high", num_trials=4)], open_again(), RULES)
     for index in range(4):
         run_trial(low, f"low{index}", [0.2 + index / 100] * EPOCHS)
         run_trial(high, f"high{index}", [0.9 - index / 100] * EPOCHS)
@@ -229,7 +226,7 @@ def test_two_searches_on_one_database_do_not_see_each_other(open_again):
 
 
 def test_a_restarted_server_goes_unnoticed(server, open_again):
-    searcher = StudySearcher([plan("restart")], open_again())
+    searcher = StudySearcher([plan("restart")], open_again(), RULES)
     run_trial(searcher, "before", [0.5] * EPOCHS)
     server.stop()
     server.start()
@@ -279,7 +276,7 @@ def test_mlflow_in_postgresql_keeps_artifacts_in_the_storage(server, tmp_path):
     with psycopg.connect(server.target("postgres"), autocommit=True) as connection:
         connection.execute("CREATE DATABASE mlflow")
     url = server.url().replace("/studies?", "/mlflow?")
-    with Tracker(url, "digits", artifact_root=tmp_path / "artifacts", storage=tmp_path) as tracker:
+    with Tracker(url, "digits", Storage.open(tmp_path)) as tracker:
         tracker.start_search("key", name="search", params={}, tags={})
         tracker.finish_search(status="FINISHED")
     client = MlflowClient(url)

@@ -1,14 +1,14 @@
-import math
 import pickle
 
 import optuna
 import pytest
 from optuna.trial import TrialState
+from outcomes import row_of
 from ray.tune.search import Searcher
 
 from refilled.config import RunConfig
 from refilled.errors import UserError
-from tune.backend.worker import STOP_SEARCH
+from refilled.metrics import TrialEnd
 from tune.studies.pruning import HalvingPruner
 from tune.studies.searcher import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage, overrides_of
 
@@ -43,15 +43,14 @@ def memory():
     return optuna.storages.InMemoryStorage()
 
 
-def make_row(epoch, value, *, num_epochs=EPOCHS, best=None, **more):
-    return {
-        "epoch": epoch,
-        "stage": "classifier",
-        "val_accuracy": value,
-        "best_val_accuracy": value if best is None else best,
-        "best_epoch": epoch,
-        "finished": epoch == num_epochs,
-    } | more
+def make_row(epoch, value, *, num_epochs=EPOCHS, best=None, best_epoch=None):
+    best, best_epoch = value if best is None else best, epoch if best_epoch is None else best_epoch
+    row = row_of(epoch, val_accuracy=value, best_val_accuracy=best, best_epoch=best_epoch, finished=epoch == num_epochs)
+    return row.to_dict() | {"training_iteration": epoch, "trial_id": "t"}  # Tune adds fields of its own
+
+
+def make_end(kind, reason):
+    return TrialEnd(kind, reason).to_dict() | {"trial_id": "t"}
 
 
 class Trial:
@@ -92,7 +91,7 @@ def test_a_whole_run_is_complete_with_its_best_value_and_every_epoch(storage):
     suggestion = searcher.suggest("t")
     values = [0.1, 0.5, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6]
     for epoch, value in enumerate(values, start=1):
-        last = make_row(epoch, value, best=max(values[:epoch]), best_epoch=min(epoch, 3), run_key="abc")
+        last = make_row(epoch, value, best=max(values[:epoch]), best_epoch=min(epoch, 3))
         report(searcher, "t", last)
         report(searcher, "t", last)  # the row that a resumed run repeats
     searcher.on_trial_complete("t", last)
@@ -103,7 +102,6 @@ def test_a_whole_run_is_complete_with_its_best_value_and_every_epoch(storage):
     assert trial.value == 0.7
     assert trial.intermediate_values == dict(enumerate(values, start=1))
     assert trial.user_attrs["epoch"] == 3
-    assert trial.user_attrs["run_key"] == "abc"
     assert overrides_of(trial) == suggestion["overrides"]
     assert RunConfig.from_dict(suggestion["config"]) == plan().run.with_overrides(overrides_of(trial))
     assert searcher.best("cell").number == suggestion["number"] == 0
@@ -121,34 +119,19 @@ def test_the_first_trial_is_the_run_itself(storage):
     assert overrides_of(trials_of(storage, study_plan)[0]) == first["overrides"]  # milestones are a tuple again
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_stops_and_fails_the_trial(memory, value):
+@pytest.mark.parametrize("kind", ["diverged", "failed"])
+def test_a_trial_that_says_why_it_ended_has_failed_for_that_reason(memory, kind):
     searcher = StudySearcher([plan()], memory, Rules(seed=0, transfer=False))
     searcher.suggest("t")
     assert report(searcher, "t", make_row(1, 0.5)) == "CONTINUE"
-    bad = make_row(2, value)
-    assert report(searcher, "t", bad) == "STOP"
-    searcher.on_trial_complete("t", bad)
+    end = make_end(kind, "The loss is nan in epoch 2.")
+    assert report(searcher, "t", end) == "CONTINUE"
+    searcher.on_trial_complete("t", end)  # Tune repeats what came last
     (trial,) = trials_of(memory, plan())
     assert (trial.state, trial.value) == (TrialState.FAIL, None)
     assert trial.intermediate_values == {1: 0.5}
-    assert "finite" in trial.user_attrs["failure"]
-
-
-def test_a_trials_own_reason_is_kept(memory):
-    searcher = StudySearcher([plan()], memory, Rules())
-    searcher.suggest("t")
-    assert report(searcher, "t", make_row(1, math.nan, failure="the loss is nan in epoch 1")) == "STOP"
-    searcher.on_trial_complete("t", make_row(1, math.nan, failure="the loss is nan in epoch 1"))
-    (trial,) = trials_of(memory, plan())
-    assert (trial.state, trial.user_attrs["failure"]) == (TrialState.FAIL, "the loss is nan in epoch 1")
-
-
-def test_a_last_row_with_a_value_that_is_not_finite_fails_the_trial(memory):
-    searcher = StudySearcher([plan()], memory, Rules(seed=0, transfer=False))
-    searcher.suggest("t")
-    searcher.on_trial_complete("t", make_row(EPOCHS, 0.5, best=math.nan))
-    assert trials_of(memory, plan())[0].state == TrialState.FAIL
+    assert trial.user_attrs["failure"] == "The loss is nan in epoch 2."
+    assert (searcher.counts("cell").failed, searcher.stopped_because) == (1, "")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +264,7 @@ def test_what_stops_the_search_fails_no_trial_and_the_next_driver_goes_on(storag
     first = StudySearcher([plan()], storage, Rules(seed=0, transfer=False))
     numbers = [first.suggest(name)["number"] for name in "ab"]
     report(first, "a", make_row(1, 0.5))
-    last = {"epoch": 2, "val_accuracy": math.nan, "finished": False, STOP_SEARCH: "The disk is full."}
+    last = make_end("storage_full", "The disk is full.")
     assert report(first, "a", last) == "CONTINUE"
     first.on_trial_complete("a", last)
     assert first.stopped_because == "The disk is full."
@@ -298,15 +281,15 @@ def test_a_process_that_is_lost_before_its_trial_begins_costs_no_trial(memory):
     searcher = StudySearcher([plan()], memory, Rules(seed=0, transfer=False))
     first = searcher.suggest("a")
     lose_start(searcher, "a")
-    assert searcher.comes_again("a")
+    assert searcher.will_retry("a")
     again = searcher.suggest("b")
     assert (again["number"], again["config"]) == (first["number"], first["config"])
-    assert not searcher.comes_again("b")
+    assert not searcher.will_retry("b")
     for name in "bcde":
         lose_start(searcher, name)
         assert searcher.suggest(chr(ord(name) + 1))["number"] == first["number"]
     lose_start(searcher, "f")
-    assert not searcher.comes_again("f")
+    assert not searcher.will_retry("f")
     assert [trial.state for trial in trials_of(memory, plan())] == [TrialState.FAIL]
     assert searcher.suggest("g")["number"] != first["number"]
 
@@ -429,7 +412,7 @@ def test_points_follow_from_the_seed_and_a_continued_study_draws_new_ones():
 
 def test_two_studies_in_one_storage_do_not_see_each_other(memory):
     low, high = plan("low", num_trials=9), plan("high", num_trials=9)
-    both = StudySearcher([high, low], memory, Rules(seed=0, transfer=False))
+    both = StudySearcher([high, low], memory, Rules(seed=0, transfer=False, pruner="halving"))
     index = 0
     while isinstance(suggestion := both.suggest(f"t{index}"), dict):
         level = 0.9 if suggestion["cell"] == "high" else 0.2

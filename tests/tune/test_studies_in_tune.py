@@ -4,10 +4,13 @@ import math
 import sys
 
 import optuna
+import outcomes
 import pytest
 from optuna.trial import TrialState
+from outcomes import row_of
 
 from refilled.config import RunConfig
+from refilled.metrics import TrialEnd
 from tune.studies.pruning import HalvingPruner
 from tune.studies.searcher import Rules, StudyPlan, StudyScheduler, StudySearcher, open_storage, overrides_of
 
@@ -28,17 +31,12 @@ def objective(sample):
             raise ValueError("on purpose")
         if epoch == 2 and accident == "returns":
             return
-        value = math.nan if epoch == 2 and accident == "nan" else best * epoch / EPOCHS
-        ray.tune.report(
-            {
-                "epoch": epoch,
-                "stage": "classifier",
-                "val_accuracy": value,
-                "best_val_accuracy": value,
-                "best_epoch": epoch,
-                "finished": epoch == EPOCHS,
-            }
-        )
+        if epoch == 2 and accident == "diverges":
+            ray.tune.report(TrialEnd("diverged", "The loss is nan in epoch 2.").to_dict())
+            return
+        value = best * epoch / EPOCHS
+        row = row_of(epoch, val_accuracy=value, best_val_accuracy=value, best_epoch=epoch, finished=epoch == EPOCHS)
+        ray.tune.report(row.to_dict())
 
 
 def make_plan(key, num_trials):
@@ -50,7 +48,8 @@ def tune_until_it_ends(searcher, folder, accidents):
     import ray.cloudpickle
     import ray.tune
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+    for module in (sys.modules[__name__], outcomes):  # workers cannot import a test module
+        ray.cloudpickle.register_pickle_by_value(module)
     return ray.tune.Tuner(
         objective,
         param_space={"levels": LEVELS, "accidents": accidents},
@@ -76,7 +75,7 @@ def trials_of(storage, key):
 
 def test_a_search_fills_every_cell_and_ends_whatever_trials_do(local_ray, tmp_path, storage):
     plans = [make_plan("high", 7), make_plan("low", 7)]
-    accidents = {"low 1": "raises", "high 2": "nan", "high 4": "returns", "low 3": "nan"}
+    accidents = {"low 1": "raises", "high 2": "diverges", "high 4": "returns", "low 3": "diverges"}
     # half goes on, of random trials: a sampler that learns would draw nothing to stop
     rules = Rules(seed=0, sampler="random", make_pruner=lambda plan, visible: HalvingPruner((4, 5), reduction=2))
     searcher = StudySearcher(plans, storage, rules)

@@ -14,6 +14,7 @@ from rich.console import Console
 from refilled.methods import SHORT_VANILLA
 from refilled.presets import smoke
 from tune.plan import Cell, Plan, make_plan
+from tune.prepare import shared_caches
 from tune.studies.space import edges
 from tune.summary import MethodResult, Refits, paired, remarks, rows, settings, table
 
@@ -247,10 +248,17 @@ def test_settings_are_those_that_are_searched_a_line_a_stage(storage: Path) -> N
     assert said["rkd>cross_entropy+rkd"][1] == "rkd angle ratio 2, cosine 0.1, decay 0.0005"
 
 
-def test_runs_that_would_share_a_bank_are_those_that_ask_the_same_teacher(storage: Path) -> None:
-    assert planned(storage).num_sharing_runs(3) == 6  # of refilled and rkd, whatever the number of teachers
-    assert planned(storage, students=("convnet-8", "convnet-4")).num_sharing_runs(3) == 12
-    assert planned(storage, methods=(STUDENT, "fitnet")).num_sharing_runs(3) == 1  # which no bank can serve
+def test_runs_that_would_share_an_embedding_cache_are_those_that_ask_the_same_teacher(storage: Path) -> None:
+    def epochs_by_cache(**changes: Any) -> list[int]:
+        plan = planned(storage, **changes)
+        return [each.epochs for each in shared_caches([(cell.run, 3) for cell in plan.cells], plan.storage).values()]
+
+    embedding, classifier = smoke().run.epochs
+    of_a_pair = 3 * (embedding + classifier) + 3 * embedding  # of refilled; of rkd, whose classifier asks no teacher
+    assert epochs_by_cache() == [of_a_pair] * 2  # a cache of each teacher
+    assert epochs_by_cache(students=("convnet-8", "convnet-4")) == [2 * of_a_pair] * 2
+    assert len(epochs_by_cache(overlaps=(0.0, 0.4))) == 4  # of other images
+    assert epochs_by_cache(methods=(STUDENT, "fitnet")) == []  # which no cache can serve
 
 
 def test_a_winner_at_the_end_of_a_range_is_remarked(storage: Path) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import math
 import os
 import random
 import shutil
@@ -14,21 +13,32 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import outcomes
 import pytest
 import torch
+from outcomes import assert_same_outcome, row_of, rows_without_times
 
 import tune.backend.worker
 from refilled.data.images import make_image_set
 from refilled.errors import UserError
-from refilled.execution import cache_of, run_folder
+from refilled.execution import run_folder
+from refilled.metrics import END, EpochMetrics, Report, TrialEnd
 from refilled.presets import smoke
+from refilled.storage import Storage
 from refilled.tasks.classification import load_task
 from tune.backend.cluster import Resources
-from tune.backend.worker import STOP_SEARCH, known_process_state, train_fn_per_worker, with_last_word, work
+from tune.backend.worker import (
+    WorkersLostError,
+    known_process_state,
+    report_trial,
+    train_fn_per_worker,
+    work,
+)
 
 RUN = dataclasses.replace(smoke().run, overlap=0.4, epochs=(1, 2), teacher_epochs=2)
 ONE = Resources(num_workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, slots=1, slots_now=1)
@@ -61,33 +71,26 @@ def enter_inference_mode() -> None:
     ENTERED[-1].__enter__()
 
 
-def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without what a clock said."""
-    timing = ("epoch_s", "images_per_second")
-    return [{name: value for name, value in row.items() if name not in timing} for row in rows]
-
-
-def weights(storage: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = torch.load(run_folder(RUN, storage).path / "model.pt")["weights"]
-    return found
-
-
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """The storage of a run in a process that did nothing before."""
-    storage = tmp_path_factory.mktemp("clean")
-    code = "import json, sys; from tune.backend.worker import work; work('run', json.loads(sys.argv[1]), sys.argv[2], "
-    code += "num_threads=1, num_gpus=0.0)"
-    subprocess.run([sys.executable, "-c", code, json.dumps(RUN.to_dict()), str(storage)], check=True, timeout=120)
+    storage = Storage.open(tmp_path_factory.mktemp("clean"))
+    code = "import json, sys; from refilled.storage import Storage; from tune.backend.worker import work; "
+    code += "work('run', json.loads(sys.argv[1]), Storage.open(sys.argv[2]), num_threads=1, num_gpus=0.0)"
+    subprocess.run([sys.executable, "-c", code, json.dumps(RUN.to_dict()), storage.location], check=True, timeout=120)
     return storage
 
 
 @pytest.fixture
-def prepared(clean: Path, tmp_path: Path) -> Path:
+def prepared(clean: Storage, tmp_path: Path) -> Storage:
+    return with_teacher(clean, tmp_path)
+
+
+def with_teacher(clean: Storage, folder: Path) -> Storage:
     """A storage that has the teacher already."""
     for name in ("cache", "teachers"):
-        shutil.copytree(clean / name, tmp_path / name)
-    return tmp_path
+        shutil.copytree(clean.root / name, folder / name)
+    return Storage.open(folder)
 
 
 @pytest.fixture
@@ -102,27 +105,25 @@ def own_state() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", SABOTAGE)
-def test_a_job_begins_as_in_a_new_process(name: str, clean: Path, prepared: Path, own_state: None) -> None:
+def test_a_job_begins_as_in_a_new_process(name: str, clean: Storage, prepared: Storage, own_state: None) -> None:
     SABOTAGE[name][0]()
-    work("run", RUN.to_dict(), str(prepared), **PLACE)
+    work("run", RUN.to_dict(), prepared, **PLACE)
     with known_process_state(0, 1):
-        assert numbers(run_folder(RUN, prepared).rows()) == numbers(run_folder(RUN, clean).rows())
-        ours, theirs = weights(prepared), weights(clean)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert_same_outcome(run_folder(RUN, prepared), run_folder(RUN, clean))
 
 
 @pytest.mark.parametrize("name", [name for name, (_, matters) in SABOTAGE.items() if matters])
 def test_the_sabotage_would_reach_an_unguarded_job(
-    name: str, clean: Path, prepared: Path, own_state: None, monkeypatch: pytest.MonkeyPatch
+    name: str, clean: Storage, prepared: Storage, own_state: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune.backend.worker, "known_process_state", lambda seed, num_threads: contextlib.nullcontext())
     SABOTAGE[name][0]()
     try:
-        work("run", RUN.to_dict(), str(prepared), **PLACE)
+        work("run", RUN.to_dict(), prepared, **PLACE)
     except (RuntimeError, TypeError, NotImplementedError):  # what torch says of such states
         return
     with known_process_state(0, 1):
-        assert numbers(run_folder(RUN, prepared).rows()) != numbers(run_folder(RUN, clean).rows())
+        assert rows_without_times(run_folder(RUN, prepared)) != rows_without_times(run_folder(RUN, clean))
 
 
 def state() -> dict[str, Any]:
@@ -176,93 +177,105 @@ def test_compiled_graphs_do_not_outlive_their_job(own_state: None) -> None:
     assert counter.frame_count == 2
 
 
-def test_runs_leave_the_images_that_a_process_keeps_as_they_were(prepared: Path) -> None:
-    work("run", RUN.to_dict(), str(prepared), **PLACE)
-    task = load_task(RUN, cache_of(prepared))
-    assert task is load_task(RUN, cache_of(prepared))  # kept, not read again
+def test_runs_leave_the_images_that_a_process_keeps_as_they_were(prepared: Storage) -> None:
+    work("run", RUN.to_dict(), prepared, **PLACE)
+    task = load_task(RUN, prepared)
+    assert task is load_task(RUN, prepared)  # kept, not read again
     assert task.validation is not None
     for each in (task.train, task.validation):
         assert make_image_set(each.images, each.labels, each.class_names).digest == each.digest
 
 
 @pytest.mark.parametrize(
-    ("error", "diverged"), [(FloatingPointError("too large"), True), (UserError("data must exist."), False)]
+    ("error", "kind"),
+    [
+        (FloatingPointError("too large"), "diverged"),
+        (UserError("data must exist."), "failed"),
+        (WorkersLostError("gone"), "failed"),
+    ],
 )
-def test_the_last_word_of_an_error_that_is_final(error: Exception, diverged: bool) -> None:
-    rows: list[dict[str, Any]] = []
+def test_a_final_error_is_reported_as_the_trials_end(error: Exception, kind: Any) -> None:
+    sent: list[dict[str, Any]] = []
 
-    def train(report: Callable[[dict[str, Any]], None]) -> None:
-        report({"epoch": 4})
+    def train(report: Report) -> None:
+        report(row_of(4))
         raise error
 
-    with_last_word(train, rows.append)
-    assert [row["epoch"] for row in rows] == [4, 5]
-    assert math.isnan(rows[1]["val_accuracy"])
-    assert (rows[1]["finished"], rows[1]["diverged"], rows[1]["failure"]) == (False, diverged, str(error))
+    report_trial(train, sent.append)
+    assert sent == [row_of(4).to_dict(), {END: kind, "end_reason": str(error)}]
+    assert TrialEnd.from_dict(sent[1]) == TrialEnd(kind, str(error))
     with pytest.raises(KeyError):
-        with_last_word(lambda report: {}["missing"], rows.append)
-    assert len(rows) == 2
+        report_trial(lambda report: {}["missing"], sent.append)
+    assert len(sent) == 2
 
 
-def test_the_last_word_of_a_full_disk_stops_the_search(tmp_path: Path) -> None:
-    def train(report: Any) -> None:
-        report({"epoch": 3})
+def test_a_full_disk_is_an_end_of_its_own(tmp_path: Path) -> None:
+    def train(report: Report) -> None:
+        report(row_of(3))
         raise RuntimeError("a library's own") from OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
 
-    rows: list[dict[str, Any]] = []
-    with_last_word(train, rows.append)
-    last = rows[-1]
-    assert (last["epoch"], last["finished"]) == (4, False)
-    assert math.isnan(last["val_accuracy"])
-    assert "failure" not in last
-    assert str(tmp_path) in last[STOP_SEARCH]
-    assert "is full: free some space" in last[STOP_SEARCH]
+    sent: list[dict[str, Any]] = []
+    report_trial(train, sent.append)
+    end = TrialEnd.from_dict(sent[-1])
+    assert (len(sent), end.kind) == (2, "storage_full")
+    assert str(tmp_path) in end.reason
+    assert "is full: free some space" in end.reason
 
 
-def test_a_train_group_is_not_tried_again_where_its_run_diverged(prepared: Path) -> None:
-    arguments = {"job": "run", "config": ABSURD.to_dict(), "storage": str(prepared), **PLACE, "reports": False}
+def test_a_train_group_is_not_tried_again_where_its_run_diverged(prepared: Storage) -> None:
+    arguments = {"job": "run", "config": ABSURD.to_dict(), "storage": prepared, **PLACE, "reports": False}
     error = train_fn_per_worker(arguments)
     assert isinstance(error, FloatingPointError)
     assert "epoch" in str(error)
 
 
-def eventful(job: Any, config: Mapping[str, Any], storage: str, *, on_report: Any, **others: Any) -> None:
-    """`work` that says in which process it is, and an event beside it."""
+@dataclass(frozen=True, kw_only=True)
+class Sabotaged(EpochMetrics):
+    """A row that says what a process's default type was."""
+
+    dtype: str
+
+
+def eventful(job: Any, config: Mapping[str, Any], storage: Storage, *, on_report: Report, **others: Any) -> None:
+    """`work`, and an event beside it."""
     from tune.backend.worker import work
 
-    event, marker = config["event"], Path(storage) / "killed"
+    event, marker = config["event"], storage.root / "killed"
     if event == "sabotage":
-        sys.path.append(config["tests"])
+        sys.path.extend(config["tests"])
         from test_worker import SABOTAGE  # cannot be pickled: it names parts of torch that are objects
 
         for change, _ in SABOTAGE.values():
             change()
 
-    def report(row: dict[str, Any]) -> None:
-        on_report(row | {"pid": os.getpid()})
-        if event == "killed" and row["epoch"] == 2 and not marker.exists():
+    def report(row: EpochMetrics) -> None:
+        on_report(row)
+        if event == "killed" and row.epoch == 2 and not marker.exists():
             marker.mkdir()
             os.kill(os.getpid(), signal.SIGKILL)
 
     if event == "sabotage":
-        report({"epoch": 1, "dtype": str(torch.get_default_dtype())})
+        report(Sabotaged(**vars(row_of(1)), dtype=str(torch.get_default_dtype())))
     else:
         work(job, config["run"], storage, on_report=report, **others)
 
 
 @pytest.mark.ray
-def test_trials_after_sabotage_after_a_kill_and_with_final_errors(local_ray: None, clean: Path, prepared: Path) -> None:
+def test_trials_after_sabotage_after_a_kill_and_with_final_errors(
+    local_ray: None, clean: Storage, prepared: Storage
+) -> None:
     import ray.cloudpickle
     from fixed_list import run_list
 
     from tune.backend.tuner import trial_function
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
-    function = trial_function(ONE, prepared, num_sharing_runs=1, backend="auto", body=eventful)
-    bad = dataclasses.replace(RUN, data=f"parquet:{prepared / 'nowhere'}")
+    for module in (sys.modules[__name__], outcomes):  # workers cannot import a test module
+        ray.cloudpickle.register_pickle_by_value(module)
+    function = trial_function(ONE, prepared, backend="auto", body=eventful)
+    bad = dataclasses.replace(RUN, data=f"parquet:{prepared.root / 'nowhere'}")
     other = dataclasses.replace(RUN, seed=1)
     runs = {"sabotage": RUN, "real": RUN, "diverges": ABSURD, "bad": bad, "killed": other}
-    tests = str(Path(__file__).parent)
+    tests = [str(folder) for folder in Path(__file__).parents[:2]]
     samples = [
         {"name": name, "config": {"event": name, "run": run.to_dict(), "tests": tests}} for name, run in runs.items()
     ]
@@ -270,15 +283,14 @@ def test_trials_after_sabotage_after_a_kill_and_with_final_errors(local_ray: Non
     assert not errors
 
     assert rows["sabotage"][0]["dtype"] == "torch.float64"
-    assert rows["sabotage"][0]["pid"] == rows["real"][0]["pid"]
-    assert numbers(run_folder(RUN, prepared).rows()) == numbers(run_folder(RUN, clean).rows())
+    assert rows["sabotage"][0]["pid"] == rows["real"][0]["pid"]  # which Tune adds to every row
+    assert_same_outcome(run_folder(RUN, prepared), run_folder(RUN, clean))
 
-    assert [row["epoch"] for row in rows["diverges"]] == [1, 2]  # once: an error would be tried again
-    assert rows["diverges"][-1]["diverged"]
-    assert math.isnan(rows["diverges"][-1]["val_accuracy"])
-    assert [row["epoch"] for row in rows["bad"]] == [1]
-    assert "nowhere" in rows["bad"][0]["failure"]
-    assert not rows["bad"][0]["diverged"]
+    assert [row.get("epoch") for row in rows["diverges"]] == [1, None]  # once: an error would be tried again
+    assert rows["diverges"][-1][END] == "diverged"
+    assert len(rows["bad"]) == 1
+    assert rows["bad"][0][END] == "failed"
+    assert "nowhere" in rows["bad"][0]["end_reason"]
 
     epochs_by_process: dict[int, list[int]] = {}
     for row in rows["killed"]:
@@ -286,14 +298,12 @@ def test_trials_after_sabotage_after_a_kill_and_with_final_errors(local_ray: Non
     first, second = epochs_by_process.values()
     assert first == [1, 2]
     assert second[-2:] == [2, 3]  # from its checkpoint
-    alone = prepared / "alone"
-    for name in ("cache", "teachers"):
-        shutil.copytree(clean / name, alone / name)
-    work("run", other.to_dict(), str(alone), **PLACE)
-    assert numbers(run_folder(other, prepared).rows()) == numbers(run_folder(other, alone).rows())
+    alone = with_teacher(clean, prepared.root / "alone")
+    work("run", other.to_dict(), alone, **PLACE)
+    assert_same_outcome(run_folder(other, prepared), run_folder(other, alone))
 
 
-def diverging(job: Any, config: Any, storage: str, **others: Any) -> None:
+def diverging(job: Any, config: Any, storage: Storage, **others: Any) -> None:
     """`work` with an absurd learning rate."""
     from tune.backend.worker import work
 
@@ -301,7 +311,7 @@ def diverging(job: Any, config: Any, storage: str, **others: Any) -> None:
 
 
 @pytest.mark.ray
-def test_a_study_is_told_that_its_trials_diverged(local_ray: None, prepared: Path) -> None:
+def test_a_study_is_told_that_its_trials_diverged(local_ray: None, prepared: Storage) -> None:
     import ray.cloudpickle
 
     from tune.backend.tuner import run_trials, trial_function
@@ -309,8 +319,8 @@ def test_a_study_is_told_that_its_trials_diverged(local_ray: None, prepared: Pat
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     plan = StudyPlan(key="cell", name="study", run=RUN, num_trials=1, num_epochs=3)
-    searcher = StudySearcher([plan], open_storage(f"sqlite:///{prepared / 'studies.db'}"))
-    function = trial_function(ONE, prepared, num_sharing_runs=1, backend="auto", body=diverging)
+    searcher = StudySearcher([plan], open_storage(f"sqlite:///{prepared.root / 'studies.db'}"))
+    function = trial_function(ONE, prepared, backend="auto", body=diverging)
     run_trials(function, searcher, StudyScheduler(searcher), slots=1, name="diverging", storage=prepared)
     trials = searcher.trials("cell")
     assert {trial.state.name for trial in trials} == {"FAIL"}

@@ -8,14 +8,15 @@ from pathlib import Path
 import optuna
 import pytest
 from filelock import FileLock
+from outcomes import row_of
 
 from refilled.errors import UserError
 from refilled.presets import smoke
-from tune.continuing import may_continue, only_driver
 from tune.plan import make_plan
+from tune.resume import may_continue, only_driver
 from tune.studies.searcher import StudySearcher
 from tune.studies.study_store import open_storage
-from tune.sweep import rules_of
+from tune.trials import rules_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,9 +35,7 @@ def begun(folder, plan):
     storage = open_storage(f"sqlite:///{folder}/studies.db")
     searcher = StudySearcher(list(plan.studies.values()), storage, rules_of(plan.search))
     suggestion = searcher.suggest("ended")
-    searcher.on_trial_complete(
-        "ended", {"epoch": 30, "val_accuracy": 0.5, "best_val_accuracy": 0.5, "best_epoch": 3, "finished": True}
-    )
+    searcher.on_trial_complete("ended", row_of(30, best_epoch=3, finished=True).to_dict())
     searcher.suggest("interrupted")
     assert suggestion["number"] == 0
     return storage
@@ -66,7 +65,7 @@ def test_on_a_terminal_it_asks_unless_told(folder, tmp_path, answer, resume, exp
     script = (
         "import dataclasses\n"
         "from refilled.presets import smoke\n"
-        "from tune.continuing import may_continue\n"
+        "from tune.resume import may_continue\n"
         "from tune.studies.study_store import open_storage\n"
         "from tune.plan import make_plan\n"
         f"plan = make_plan(dataclasses.replace(smoke(), storage={str(folder)!r}, resume={resume!r}))\n"
@@ -130,12 +129,24 @@ def test_a_deterministic_search_has_studies_of_its_own_shape(folder):
     for change in (
         {"trials": 5},
         {"sampler": "random"},
+        {"pruner": "halving"},
         {"transfer": False},
         {"overlaps": (0.0, 1.0)},
-        {"generation": 2},
+        {"trial_batch": 2},
     ):
         assert not set(names(deterministic=True, **change)) & set(deterministic)
     assert names(deterministic=True, seeds=1, cpus_per_worker=0.5, resume=True) == deterministic
+
+
+def test_studies_keep_the_names_under_which_they_are_stored(folder):
+    def names(**changes):
+        plan = plan_of(folder, overlaps=(1.0,), **changes)
+        return {cell.method: plan.studies[cell.name].name.split()[-1] for cell in plan.cells}
+
+    for pruner in ("none", "halving"):  # who stops trials is no part of what a study is
+        assert names(pruner=pruner) == {"student": "dddb2b1666665a39", "refilled": "3a27fea0e07a80d0"}
+    deterministic = {"student": "8c44e115375c0ddc", "refilled": "e53adaec078ee0d6"}
+    assert names(deterministic=True, pruner="halving") == deterministic
 
 
 def test_an_epoch_budget_below_one_trial_a_study_is_refused(folder):

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import optuna
 import pytest
 
-from tune.studies.warm_start import brought, donors
+from tune.studies.warm_start import source_cells, warm_start_report
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,22 @@ def test_the_nearest_overlap_and_the_nearest_architectures_give():
         Place(0.4, method="student"),
         Place(0.2, student="wrn-16-2"),
     ]
-    assert donors(Place(0.4), earlier) == (Place(0.2).name, Place(0.4, student="wrn-16-2").name)
-    assert donors(Place(0.4), earlier[:1]) == (Place(0.0).name,)
-    assert donors(Place(0.0), []) == ()
-    assert donors(Place(0.6, method="student"), earlier) == (Place(0.4, method="student").name,)
+    assert source_cells(Place(0.4), earlier) == (Place(0.2).name, Place(0.4, student="wrn-16-2").name)
+    assert source_cells(Place(0.4), earlier[:1]) == (Place(0.0).name,)
+    assert source_cells(Place(0.0), []) == ()
+    assert source_cells(Place(0.6, method="student"), earlier) == (Place(0.4, method="student").name,)
 
 
 def test_teachers_count_as_much_as_students():
     far, near = Place(1.0, teacher="wrn-16-1"), Place(1.0, teacher="wrn-40-1")
-    assert donors(Place(1.0), [far, near]) == (near.name,)
+    assert source_cells(Place(1.0), [far, near]) == (near.name,)
 
 
 def test_the_digits_of_a_users_path_say_nothing_of_the_size_of_a_network():
     zero, one, two = (f"try-{number}/own.py:Net" for number in range(3))
     far, near = Place(1.0, teacher=zero, student="wrn-40-2"), Place(1.0, teacher=zero)
-    assert donors(Place(1.0, teacher=one), [far, near]) == (near.name,)
-    assert donors(Place(1.0, student=two), [Place(1.0, student=one), Place(1.0, student=zero)]) == (
+    assert source_cells(Place(1.0, teacher=one), [far, near]) == (near.name,)
+    assert source_cells(Place(1.0, student=two), [Place(1.0, student=one), Place(1.0, student=zero)]) == (
         Place(1.0, student=one).name,  # equally far, so the first
     )
 
@@ -77,5 +77,5 @@ def study_with(*trials):
 )
 def test_what_was_brought_is_read_from_the_trials(trials, expected):
     study = study_with(*trials)
-    found = brought(study.trials, study.best_trial)
+    found = warm_start_report(study.trials, study.best_trial)
     assert (found.sources, found.default_value, found.value, found.won, found.gain) == expected

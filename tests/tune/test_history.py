@@ -11,11 +11,12 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from outcomes import row_of
 
 from refilled.config import RunConfig
 from tune.studies.cell_study import CellStudy
-from tune.studies.history import MAX_OWN_TRIALS, MAX_SHOWN, expected_value, known
-from tune.studies.keyed_sampler import KeyedSampler
+from tune.studies.history import MAX_OWN_TRIALS, MAX_SHOWN, expected_value, history
+from tune.studies.per_parameter_sampler import PerParameterSampler
 from tune.studies.samplers import make_sampler
 from tune.studies.searcher import Rules, StudyPlan, StudyScheduler, StudySearcher
 
@@ -60,7 +61,7 @@ def shown(study: optuna.Study) -> list[tuple[float, float | None, str]]:
 def test_a_stopped_trial_is_shown_with_the_value_it_would_probably_have_had() -> None:
     assert expected_value(OWN[2], OWN) == pytest.approx(0.3 + 0.3)  # of gains 0.3, 0.5 and 0.0 after epoch 2
     assert expected_value(OWN[2], OWN[2:3]) == 0.3
-    study, drawn = known(OWN, 6, {})
+    study, drawn = history(OWN, 6, {})
     assert shown(study) == [
         (0.1, 0.8, "COMPLETE"),
         (0.2, 0.9, "COMPLETE"),
@@ -76,7 +77,7 @@ def test_neighbours_trials_are_shown_on_the_level_of_the_cell() -> None:
     given = numbered(
         trial(0.1, 0.5), trial(0.2, 0.7), trial(0.15, 0.65), trial(0.5, None, TrialState.RUNNING), trial(0.4, 0.3)
     )
-    study, _ = known(OWN, 7, {"neighbour": given})
+    study, _ = history(OWN, 7, {"neighbour": given})
     # the same settings came to 0.3 and 0.2 more here
     levels = [(0.1, 0.75), (0.2, 0.95), (0.15, 0.9), (0.4, 0.55)]
     assert shown(study)[:4] == [(rate, pytest.approx(value), "COMPLETE") for rate, value in levels]
@@ -86,14 +87,14 @@ def test_neighbours_trials_are_shown_on_the_level_of_the_cell() -> None:
 def test_a_cell_with_trials_enough_of_its_own_does_not_ask_its_neighbours() -> None:
     given = {"neighbour": numbered(trial(0.1, 0.5))}
     own = numbered(*(trial(0.1, 0.5) for _ in range(MAX_OWN_TRIALS)))
-    assert len(known(own, MAX_OWN_TRIALS - 1, given)[0].trials) == MAX_OWN_TRIALS + 1
-    assert len(known(own, MAX_OWN_TRIALS, given)[0].trials) == MAX_OWN_TRIALS + 1
+    assert len(history(own, MAX_OWN_TRIALS - 1, given)[0].trials) == MAX_OWN_TRIALS + 1
+    assert len(history(own, MAX_OWN_TRIALS, given)[0].trials) == MAX_OWN_TRIALS + 1
 
 
 def test_of_a_long_study_the_best_and_the_newest_are_shown() -> None:
     values = [0.5] * 10 + [0.9] * 10 + [0.4] * 200 + [0.1]
     own = numbered(*(trial(0.1, value) for value in values), trial(0.2, None, TrialState.RUNNING))
-    study, _ = known(own, len(own), {})
+    study, _ = history(own, len(own), {})
     assert len(study.trials) <= MAX_SHOWN + 1
     found = [each.value for each in study.trials[:-1]]
     assert found.count(0.9) == found.count(0.5) == 10
@@ -112,9 +113,9 @@ def test_samplers_learn_from_what_they_are_shown(kind: str) -> None:
         study.add_trials(stopped)
         found = []
         for seed in range(8):
-            study.sampler = KeyedSampler(
+            study.sampler = PerParameterSampler(
                 lambda what, seed=seed: make_sampler(kind, study_seed=0, trial_seed=seed, num_trials=16),  # type: ignore[misc,arg-type]
-                (lambda study, trial: known(study.get_trials(deepcopy=False), trial.number, {})) if sees else None,
+                (lambda study, trial: history(study.get_trials(deepcopy=False), trial.number, {})) if sees else None,
             )
             found.append(abs(math.log(study.ask({RATE: DISTRIBUTION}).params[RATE] / 0.1)))
         return statistics.mean(found)
@@ -138,7 +139,7 @@ def _run(searcher: StudySearcher, count: int) -> list[dict[str, object]]:
         suggestions.append(suggestion)
         rate = suggestion["overrides"][RATE]
         value = round(1 - abs(math.log(rate / 0.2)) / 5, 4)
-        row = {"epoch": 1, "val_accuracy": value, "best_val_accuracy": value, "best_epoch": 1, "finished": True}
+        row = row_of(1, val_accuracy=value, best_val_accuracy=value, finished=True).to_dict()
         StudyScheduler(searcher).on_trial_result(None, _Trial(), row)
         searcher.on_trial_complete("t", row)
     return suggestions
@@ -148,7 +149,10 @@ def _two_cells() -> list[StudyPlan]:
     """The second one learns from the first."""
     run = RunConfig(method="student", epochs=(0, 1))
     first = StudyPlan(key="first", name="first", run=run, num_trials=12, num_epochs=1)
-    return [first, StudyPlan(key="second", name="second", run=run, num_trials=12, num_epochs=1, donors=("first",))]
+    return [
+        first,
+        StudyPlan(key="second", name="second", run=run, num_trials=12, num_epochs=1, source_cells=("first",)),
+    ]
 
 
 def _searcher(storage: optuna.storages.BaseStorage) -> StudySearcher:
