@@ -40,13 +40,17 @@ def test_the_contract_of_the_example_is_run_by_its_folders_name() -> None:
 def test_a_users_own_folder_is_enough_and_a_broken_term_is_told(tmp_path: Path) -> None:
     shutil.copy(OWN_TERM / "test_my_terms.py", tmp_path)
     text = (OWN_TERM / "my_terms.py").read_text()
-    broken = text.replace('rows["regression"].mean()', 'rows["regression"].mean() + self.map.bias.square().sum()')
+    broken = text.replace(
+        'rows["regression"].mean()', 'rows["regression"].mean() + self.projection.bias.square().sum()'
+    )
     assert broken != text
     (tmp_path / "my_terms.py").write_text(broken)
     code, output = run_pytest(".", cwd=tmp_path)
     assert code == 1
     assert "parameters belong in rows(); loss() depends on some" in output
-    assert re.search(r"gradients on worker 0 of 2 must be as on one worker, but these differ: term\.map\.bias", output)
+    assert re.search(
+        r"gradients on worker 0 of 2 must be as on one worker, but these differ: term\.projection\.bias", output
+    )
 
 
 def test_the_example_can_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

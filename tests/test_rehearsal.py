@@ -24,7 +24,7 @@ from refilled.teacher import pretraining_run
             "'NoneType' object has no attribute 'items'",
         ),
         ("difference.square().mean(dim=1)", "difference.square().mean()", "cannot be used"),
-        ('rows["regression"].mean()', "1 / 0", "division by zero, in line 39 of"),
+        ('rows["regression"].mean()', "1 / 0", "division by zero, in line 44 of"),
         ("super().__init__(config, setting)", "pass", "AttributeError"),
         ('rows["regression"].mean()', '__import__("sys").exit(3)', "SystemExit: 3"),
         ("def loss(", "def lose(", "Can't instantiate abstract class Regression"),

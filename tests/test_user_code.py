@@ -205,6 +205,7 @@ RANDOM_TERM = TERM.replace(
     "self.projection = nn.Linear(setting.student.embedding_dim, setting.known_teacher.embedding_dim)",
     "self.projection = nn.Bilinear(1, setting.student.embedding_dim, setting.known_teacher.embedding_dim)",
 ).replace("self.projection(local", "self.projection(local.student.embedding[:, :1], local")
+assert "Bilinear" in RANDOM_TERM
 
 
 def test_what_a_terms_constructor_draws_follows_from_the_runs_seed(own: Path, compute: Compute) -> None:

@@ -3,54 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from refilled.config import RunConfig
 from refilled.presets import smoke
 from refilled.stages import with_own_code
 
-TERM = '''
-"""A term of one's own."""
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor, nn
-
-from refilled.config import Float, Searched, TermConfig
-from refilled.terms import GlobalBatch, Local, Needs, Setting, Term
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegressionConfig(TermConfig):
-    """weight x squared distance."""
-
-    weight: float = 2.0
-    """Weight of the loss."""
-
-
-class Regression(Term):
-    """Squared distance of the projected embedding to the teacher's."""
-
-    name: ClassVar[str] = "regression"
-    Config: ClassVar[type[TermConfig]] = RegressionConfig
-    weight_space: ClassVar[Searched] = Searched("weight", Float(0.1, 10.0, log=True))
-    needs: ClassVar[Needs] = Needs(student=frozenset({"embedding"}), teacher=frozenset({"embedding"}))
-
-    def __init__(self, config: TermConfig, setting: Setting) -> None:
-        super().__init__(config, setting)
-        self.projection = nn.Linear(setting.student.embedding_dim, setting.known_teacher.embedding_dim)
-
-    def rows(self, local: Local) -> dict[str, Tensor]:
-        difference = self.projection(local.student.embedding) - local.known_teacher.embedding
-        return {"regression": difference.square().mean(dim=1)}
-
-    def loss(self, rows: dict[str, Tensor], batch: GlobalBatch) -> Tensor:
-        return self.config.weight * rows["regression"].mean()
-
-
-NOTHING = 3
-'''
+TERM = (Path(__file__).parents[1] / "examples/own_term/my_terms.py").read_text(encoding="utf-8") + "\n\nNOTHING = 3\n"
 NETWORK = '''
 from torch import Tensor, nn
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from refilled.metrics import EpochMetrics
 
 if TYPE_CHECKING:
-    from tune.forecast.forecast import Forecast
+    from tune.forecast.report import Forecast
 
 LINE_EVERY_S = 10.0
 

@@ -30,7 +30,7 @@ from tune.cli import run_command, term_configs
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from tune.forecast.forecast import Forecast, PhaseName
+    from tune.forecast.report import Forecast, PhaseName
     from tune.plan import Plan
     from tune.progress import Progress
 
@@ -69,7 +69,7 @@ def _main(search: SearchConfig) -> int:
 
 
 def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_s: float) -> int:
-    from tune.forecast.forecast import Comparison
+    from tune.forecast.report import Comparison
     from tune.prepare import prepare
     from tune.progress import Progress
     from tune.refits import refit_winners

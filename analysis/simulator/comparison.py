@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import warnings
@@ -108,15 +109,18 @@ def run_grid(rules: Mapping[str, Any], tables: Mapping[str, Table], seed: int, s
             {name: table},
             slots=setting.slots,
             answers=outcome.answers,
-            is_over=lambda outcome, table=table, left=most - num_epochs: (  # type: ignore[misc]
-                outcome.first_at(table.name, table.target(setting.share)) is not None or outcome.num_epochs >= left
-            ),
+            is_over=functools.partial(_is_over, table=table, setting=setting, most=most - num_epochs),
         )
         first = more.first_at(name, table.target(setting.share))
         if first is not None:
             time = outcome.time + first.time
             results[name] = Result(num_epochs + first.epochs, time, True, results[name].best)
     return results
+
+
+def _is_over(outcome: Outcome, *, table: Table, setting: Setting, most: int) -> bool:
+    """Whether the target is reached, or so many epochs are trained."""
+    return outcome.first_at(table.name, table.target(setting.share)) is not None or outcome.num_epochs >= most
 
 
 def _result(outcome: Outcome, table: Table, setting: Setting) -> Result:

@@ -32,11 +32,11 @@ class Regression(Term):
 
     def __init__(self, config: TermConfig, setting: Setting) -> None:
         super().__init__(config, setting)
-        self.map = nn.Linear(setting.student.embedding_dim, setting.known_teacher.embedding_dim)
+        self.projection = nn.Linear(setting.student.embedding_dim, setting.known_teacher.embedding_dim)
 
     def rows(self, local: Local) -> dict[str, Tensor]:
         """One number for each of this worker's images; the only place for own parameters."""
-        difference = self.map(local.student.embedding) - local.known_teacher.embedding
+        difference = self.projection(local.student.embedding) - local.known_teacher.embedding
         return {"regression": difference.square().mean(dim=1)}
 
     def loss(self, rows: dict[str, Tensor], batch: GlobalBatch) -> Tensor:

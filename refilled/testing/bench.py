@@ -227,9 +227,9 @@ class TermBench:
             return None
         teacher = BenchTeacher(self._compute, self._images, self._labels)
         if "prototypes" not in needs:
-            teacher.prototypes = NotAsked("the teacher's prototypes")  # type: ignore[assignment]
+            vars(teacher)["prototypes"] = NotAsked("the teacher's prototypes")
         if "scores" not in needs:
-            teacher.logits = NotAsked("the teacher's scores")  # type: ignore[assignment,method-assign]
+            vars(teacher)["logits"] = NotAsked("the teacher's scores")
         return teacher
 
     def _asked(self, local: Local) -> Local:
@@ -241,9 +241,11 @@ class TermBench:
         }
         teacher: TeacherOutput | None = None
         if needs.teacher:
-            gets_embedding = needs.teacher != {"features"}
+            embedding: Any = local.teacher.embedding
+            if needs.teacher == {"features"}:
+                embedding = NotAsked("the teacher's embedding")
             teacher = TeacherOutput(
-                local.teacher.embedding if gets_embedding else NotAsked("the teacher's embedding"),  # type: ignore[arg-type]
+                embedding,
                 local.teacher.features if "features" in needs.teacher else (),
             )
         return Local(local.image_ids, local.labels, local.images, output._replace(**absent), teacher, local.epoch)

@@ -38,6 +38,7 @@ class TermContract:
     """As a method names it, or a class that other processes can import."""
     settings: ClassVar[Mapping[str, Any]] = {}
     """Settings under which the term is tested; the others have their defaults."""
+    _kept_traces: ClassVar[dict[int, list[list[Seen]]]]
 
     # ---- settings
 
@@ -221,7 +222,7 @@ class TermContract:
             term, run = self._run()
             arguments = (term, dict(self.settings), run)
             kept = {1: [trace(*arguments)]} | {size: run_on(size, trace, *arguments) for size in SHARES if size > 1}
-            type(self)._kept_traces = kept  # type: ignore[attr-defined]
+            type(self)._kept_traces = kept
         return kept
 
     def _compare(self, what: str, numbers: Any) -> None:

@@ -14,6 +14,7 @@ import pytest
 from end_state import differences, end_state
 from job_head import DECOY, NOT_UPLOADED, JobHead
 from processes import working_as
+from users_files import TERM
 
 from refilled.storage.artifact_folder import USED
 
@@ -138,30 +139,9 @@ def test_a_job_with_a_cell_that_has_no_result_fails(head: JobHead, tmp_path: Pat
     assert "has no result; its trials or refits failed." in job.stdout
 
 
-OWN_TERM = """
-from torch import nn
-from refilled.terms import Needs, Term
-
-class Regression(Term):
-    name = "regression"
-    needs = Needs(student=frozenset({"embedding"}), teacher=frozenset({"embedding"}))
-
-    def __init__(self, config, setting):
-        super().__init__(config, setting)
-        self.map = nn.Linear(setting.student.embedding_dim, setting.known_teacher.embedding_dim)
-
-    def rows(self, local):
-        difference = self.map(local.student.embedding) - local.known_teacher.embedding
-        return {"regression": difference.square().mean(dim=1)}
-
-    def loss(self, rows, batch):
-        return rows["regression"].mean()
-"""
-
-
 def test_a_job_with_a_term_of_the_users_own(head: JobHead, tmp_path: Path) -> None:
     """The file is where the job is submitted from; its workers get the text with the run."""
-    (head.code / "my_terms.py").write_text(OWN_TERM)
+    (head.code / "my_terms.py").write_text(TERM)
     try:
         method = "my_terms.py:Regression"
         name, job = head.submit(f"{SEARCH} {tmp_path / 'own'} --methods {method}")
@@ -171,7 +151,7 @@ def test_a_job_with_a_term_of_the_users_own(head: JobHead, tmp_path: Path) -> No
     assert head.status(name) == "SUCCEEDED"
     (row,) = json.loads((tmp_path / "own" / "summary.json").read_text())
     assert (row["method"], row["terms"]) == (method, f"cross_entropy+{method}")
-    assert row["config"]["sources"] == {"my_terms.py": OWN_TERM}
+    assert row["config"]["sources"] == {"my_terms.py": TERM}
     assert row["baseline_test_accuracy"] is None
     assert row["test_accuracy"][0] > 0.2
 

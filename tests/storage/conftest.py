@@ -28,6 +28,15 @@ def machines(
     return Machines(tmp_path, store, re.sub(r"\W+", "-", request.node.name).strip("-"), monkeypatch)
 
 
+@pytest.fixture
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ObjectStore, Machines]]:
+    """A store that may be harmed."""
+    own = ObjectStore(tmp_path)
+    own.start()
+    yield own, Machines(tmp_path, own, "folder", monkeypatch)
+    own.stop()
+
+
 @pytest.fixture(scope="session")
 def run() -> RunConfig:
     """A second of two-stage training."""

@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -164,15 +164,6 @@ def test_a_write_whose_answer_is_lost_is_no_loss(objects: Any, caplog: pytest.Lo
     first.release()
     assert caplog.text == ""
     assert there(objects) == []
-
-
-@pytest.fixture
-def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ObjectStore, Machines]]:
-    """A store that may be harmed."""
-    own = ObjectStore(tmp_path)
-    own.start()
-    yield own, Machines(tmp_path, own, "folder", monkeypatch)
-    own.stop()
 
 
 def test_a_lease_outlives_a_store_that_is_away_for_longer_than_it_lasts(

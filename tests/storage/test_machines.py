@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -349,15 +348,6 @@ def test_a_machine_that_is_killed_at_any_moment_leaves_what_another_goes_on_from
 
 
 # ---- a store that is away -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ObjectStore, Machines]]:
-    """A store that may be harmed."""
-    own = ObjectStore(tmp_path)
-    own.start()
-    yield own, Machines(tmp_path, own, "folder", monkeypatch)
-    own.stop()
 
 
 def test_a_store_that_is_away_for_a_moment_ends_no_run(

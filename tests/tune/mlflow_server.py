@@ -10,10 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -116,3 +117,36 @@ class Gate:
         self._is_open.set()
         self._server.shutdown()
         self._server.server_close()
+
+
+@contextlib.contextmanager
+def cut_off_driver(
+    gate: Gate, script: str, *arguments: str, environment: dict[str, str] | None = None
+) -> Iterator[None]:
+    """A driver that MLflow refuses from its first words on, killed without warning when the block ends.
+
+    Args:
+        gate: Before the server.
+        script: Prints "started", waits for a line, works, prints "told", and waits again.
+        arguments: Of the script, behind the gate's address.
+        environment: Of its process.
+    """
+    driver = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), gate.uri, *arguments],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert driver.stdin is not None
+    assert driver.stdout is not None
+    try:
+        assert driver.stdout.readline() == "started\n"
+        gate.always("refuse")
+        driver.stdin.write("\n")
+        driver.stdin.flush()
+        assert driver.stdout.readline() == "told\n"
+        yield
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.communicate()

@@ -24,15 +24,14 @@ from tune.forecast.forecast import (
     START_S,
     TRIAL_S,
     TUNE_START_S,
-    Comparison,
     _Done,
     _pack,
     forecast,
-    format_hours,
     share_kept,
     trials_left,
 )
 from tune.forecast.measure import Timings
+from tune.forecast.report import Comparison, format_hours
 from tune.forecast.workload import TEST_SHARE, Work, Workload
 from tune.plan import Plan, make_plan
 from tune.studies.pruning import make_pruner

@@ -10,7 +10,7 @@ from outcomes import row_of
 from rich.console import Console
 
 from tune import progress
-from tune.forecast.forecast import PHASES, Forecast
+from tune.forecast.report import PHASES, Forecast
 from tune.progress import CellProgress, Progress
 
 FORECAST = Forecast(

@@ -3,14 +3,12 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
-from mlflow_server import Gate, Server
+from mlflow_server import Gate, Server, cut_off_driver
 from object_store import ObjectStore
 
 from refilled.storage import Storage
@@ -82,22 +80,8 @@ def test_another_machine_gives_mlflow_everything_of_a_search_whose_machine_is_go
 ):
     url = f"s3://{store.bucket}/searches"
     gate = Gate(server.port)
-    driver = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(DRIVER), gate.uri, url, str(ROOT / "tests")],
-        env=at(tmp_path, "driver"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert driver.stdout.readline() == "started\n"
-        gate.always("refuse")
-        driver.stdin.write("\n")
-        driver.stdin.flush()
-        assert driver.stdout.readline() == "told\n"
-    finally:
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.communicate()
+    with cut_off_driver(gate, DRIVER, url, str(ROOT / "tests"), environment=at(tmp_path, "driver")):
+        pass
     shutil.rmtree(tmp_path / "driver")
     gate.always("pass")
 

@@ -3,11 +3,9 @@
 import dataclasses
 import json
 import logging
-import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -19,7 +17,7 @@ from pathlib import Path
 import pytest
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
-from mlflow_server import Gate, Server
+from mlflow_server import Gate, Server, cut_off_driver
 from outcomes import row_of
 
 from refilled.errors import UserError
@@ -299,23 +297,9 @@ def check_synced(uri, experiment, storage):
 
 def test_a_killed_driver_is_synced_once_however_often_and_however_interrupted(gate, experiment, tmp_path, capsys):
     storage = tmp_path / "storage"
-    driver = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(DRIVER), gate.uri, experiment, str(storage), str(ROOT / "tests")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert driver.stdout.readline() == "started\n"
-        gate.always("refuse")
-        driver.stdin.write("\n")
-        driver.stdin.flush()
-        assert driver.stdout.readline() == "told\n"
+    with cut_off_driver(gate, DRIVER, experiment, str(storage), str(ROOT / "tests")):
         assert command([str(storage)]) == 0
         assert "the running search has it" in capsys.readouterr().out
-    finally:
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.communicate()
     assert set(keys_in(gate, experiment)) == {"search"}
 
     for more in (4, 30):  # requests until the server is gone again

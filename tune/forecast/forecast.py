@@ -1,4 +1,4 @@
-"""What a search will take: epochs, hours by phase and cost, from a few timed steps; and what it took beside that."""
+"""What a search will take: epochs, hours by phase and cost, from a few timed steps."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ import heapq
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING
 
 from refilled.stages import num_epochs_of
 from tune.backend.cluster import Resources
 from tune.forecast.measure import SHARE, Timings
+from tune.forecast.report import Forecast, PhaseName
 from tune.forecast.workload import Work, Workload
 from tune.studies.pruning import MIN_TRIALS, REDUCTION, rungs_of
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from tune.plan import Cell, Plan
-
-PhaseName = Literal["start", "teachers", "trials", "teachers on all images", "refits"]
-PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
 
 # What the platform itself takes, seen on two quiet cores on 2026-11-23, without the starting of workers: from the
 # command's first line to the first job (imports, Ray, stores), from the last teacher to the first trial (Tune), and
@@ -30,117 +26,6 @@ START_S, TUNE_START_S, END_S = 16.0, 5.0, 2.5
 # Likewise between two trials of a slot, and for a row; and with a new Ray Train group for every run.
 TRIAL_S, ROW_S = 0.15, 0.012
 GROUP_S, GROUP_ROW_S = 12.0, 0.2
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What a search will take on the cluster of now.
-
-    Attributes:
-        epochs: by phase, those of teachers, trials and refits.
-        hours: by phase.
-        busy_hours: of all trials' and jobs' slots together.
-        gpu_hours: busy hours times the GPUs of a slot.
-        cost: hours times the price of an hour of the cluster; none without a price.
-        kept: share of the trials' epochs that pruning and limits leave.
-        slots: trials side by side.
-        epoch_s: seconds of a trial's epoch, by the cell's name and the stage's.
-        timing_s: what timing took of the start; 0 where everything was known.
-        assumptions: sentences.
-    """
-
-    epochs: Mapping[PhaseName, int]
-    hours: Mapping[PhaseName, float]
-    busy_hours: float
-    gpu_hours: float
-    cost: float | None
-    kept: float
-    slots: int
-    epoch_s: Mapping[str, Mapping[str, float]]
-    timing_s: float
-    assumptions: tuple[str, ...]
-
-    def at_pace(self, ratio: float) -> Forecast:
-        """The forecast where the trials were seen to take `ratio` times as long."""
-        paced = {"trials", "teachers on all images", "refits"}
-        hours = {phase: value * (ratio if phase in paced else 1.0) for phase, value in self.hours.items()}
-        longer = sum(hours.values()) / self.total_hours
-        return dataclasses.replace(self, hours=hours, cost=None if self.cost is None else self.cost * longer)
-
-    @property
-    def total_hours(self) -> float:
-        """Of the whole command."""
-        return sum(self.hours.values())
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, with the sum."""
-        return dataclasses.asdict(self) | {"total_hours": self.total_hours, "total_epochs": sum(self.epochs.values())}
-
-    def table(self) -> RenderableType:
-        """Phases with epochs and hours, for people, and the assumptions."""
-        from rich.console import Group
-        from rich.table import Table
-
-        cost = "" if self.cost is None else f", cost {self.cost:.2f}"
-        gpus = f", {self.gpu_hours:.2f} GPU-hours" if self.gpu_hours else ""
-        table = Table(title=f"Forecast: {format_hours(self.total_hours)} on {self.slots} slots{gpus}{cost}")
-        for name in ("phase", "epochs", "time"):
-            table.add_column(name, justify="left" if name == "phase" else "right")
-        for phase in PHASES:
-            table.add_row(phase, f"{self.epochs.get(phase, 0):,}", format_hours(self.hours[phase]))
-        return Group(table, *self.assumptions)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A forecast beside what came.
-
-    Attributes:
-        forecast: made at the start.
-        corrected: by the first trials; none where too few ended.
-        epochs: that were trained, by phase, as far as they were counted.
-        hours: that it took, likewise.
-    """
-
-    forecast: Forecast
-    corrected: Forecast | None
-    epochs: Mapping[PhaseName, int]
-    hours: Mapping[PhaseName, float]
-
-    @property
-    def hours_ratio(self) -> float | None:
-        """Forecast hours over actual hours of the phases that were counted; none where nothing was."""
-        came = sum(self.hours.values())
-        return sum(self.forecast.hours[phase] for phase in self.hours) / came if came else None
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it, and the ratio."""
-        return {
-            "forecast": self.forecast.to_json(),
-            "corrected": None if self.corrected is None else self.corrected.to_json(),
-            "actual": {"epochs": self.epochs, "hours": self.hours},
-            "hours_ratio": self.hours_ratio,
-        }
-
-    def table(self) -> RenderableType:
-        """Phases with forecast and actual epochs and times, for people."""
-        from rich.table import Table
-
-        ratio = "" if self.hours_ratio is None else f": {100 * self.hours_ratio - 100:+.0f} % in time"
-        table = Table(title=f"Forecast against actual{ratio}")
-        for name in ("phase", "epochs forecast", "epochs", "time forecast", "after first trials", "time"):
-            table.add_column(name, justify="left" if name == "phase" else "right")
-        for phase in PHASES:
-            came = self.hours.get(phase)
-            table.add_row(
-                phase,
-                f"{self.forecast.epochs.get(phase, 0):,}",
-                f"{self.epochs[phase]:,}" if phase in self.epochs else "",
-                format_hours(self.forecast.hours[phase]),
-                "" if self.corrected is None else format_hours(self.corrected.hours[phase]),
-                "" if came is None else format_hours(came),
-            )
-        return table
 
 
 def forecast(
@@ -164,42 +49,18 @@ def forecast(
     """
     search, slots = plan.search, max(1, resources.slots_now)
     workload = Workload(plan, resources.num_workers, done)
-    job_s = GROUP_S if resources.num_workers > 1 else 0.0
-    trial_s, row_s = (GROUP_S, GROUP_ROW_S) if search.trial_backend == "torch_trainer" else (TRIAL_S, ROW_S)
-
-    def jobs(works: Iterable[Work], *, fresh: bool) -> _Done:
-        """Work that nobody stops."""
-        done = [(timings.seconds_of(work.calls) + job_s, work.num_epochs) for work in works]
-        return _pack(done, slots, timings.worker_start_s if fresh and done else 0.0)
-
-    def teachers(on_all: bool, *, fresh: bool) -> _Done:
-        """Teachers, then what they say of all images."""
-        trained = jobs(workload.teachers(on_all), fresh=fresh)
-        asked = jobs(workload.shared(on_all), fresh=fresh and not trained.wall_s)
-        return _Done(*map(sum, zip(dataclasses.astuple(trained), dataclasses.astuple(asked), strict=True)))
-
+    schedule = _Schedule(plan, workload, timings, slots, resources.num_workers)
     left = trials_left(plan.cells, search.trials, done_trials or {})
-    before = teachers(False, fresh=not timings.took_s) if any(left.values()) else _Done()
-    works = {cell.name: workload.trial(cell) for cell in plan.cells}
-    trials, whole = [], 0
-    for number in range(max(left.values())):
-        for name in (name for name, count in left.items() if number < count):
-            work, kept = works[name], share_kept(search.pruner, works[name].num_epochs, search.trials)
-            seconds = timings.seconds_of(work.calls) + row_s * work.num_epochs
-            trials.append((trial_s + kept * seconds, kept * work.num_epochs))
-            whole += work.num_epochs
-    searched = _pack(trials, slots, timings.worker_start_s if trials else 0.0)
-    searched = _limited(searched, plan, works, done_trials or {}, before.wall_s + TUNE_START_S)
-    again = teachers(True, fresh=True)
-    refits = [(timings.seconds_of(work.calls) + job_s, work.num_epochs) for work in workload.refits()]
-    refitted = _pack(refits, slots, 0.0 if again.wall_s or not refits else timings.worker_start_s)
+    before = schedule.teachers(False, fresh=not timings.took_s) if any(left.values()) else _Done()
+    trials, whole_epochs = schedule.trials(left, done_trials or {}, before.wall_s + TUNE_START_S)
+    again = schedule.teachers(True, fresh=True)
     phases: dict[PhaseName, _Done] = {
         "teachers": before,
-        "trials": searched,
+        "trials": trials,
         "teachers on all images": again,
-        "refits": refitted,
+        "refits": schedule.jobs(workload.refits(), fresh=not again.wall_s),
     }
-    beside = {"trials": TUNE_START_S if trials else 0.0, "refits": END_S}
+    beside = {"trials": TUNE_START_S if whole_epochs else 0.0, "refits": END_S}
     hours: dict[PhaseName, float] = {"start": (START_S + timings.took_s if elapsed_s is None else elapsed_s) / 3600}
     hours |= {phase: (each.wall_s + beside.get(phase, 0.0)) / 3600 for phase, each in phases.items()}
     busy_hours = sum(each.busy_s for each in phases.values()) / 3600
@@ -210,7 +71,7 @@ def forecast(
         busy_hours=busy_hours,
         gpu_hours=busy_hours * resources.num_workers * resources.gpus_per_worker,
         cost=None if price is None else price * sum(hours.values()),
-        kept=searched.epochs / whole if whole else 1.0,
+        kept=trials.epochs / whole_epochs if whole_epochs else 1.0,
         slots=slots,
         epoch_s={
             cell.name: {stage: timings.seconds_of(calls) for stage, calls in workload.an_epoch(cell).items()}
@@ -228,6 +89,44 @@ class _Done:
     wall_s: float = 0.0
     busy_s: float = 0.0
     epochs: float = 0.0
+
+
+class _Schedule:
+    """The phases of a search, one after another, each packed on its slots."""
+
+    def __init__(self, plan: Plan, workload: Workload, timings: Timings, slots: int, num_workers: int) -> None:
+        self._plan, self._workload, self._timings, self._slots = plan, workload, timings, slots
+        self._job_s = GROUP_S if num_workers > 1 else 0.0
+
+    def jobs(self, works: Iterable[Work], *, fresh: bool) -> _Done:
+        """Work that nobody stops, on workers that are there or have to be started (`fresh`)."""
+        done = [(self._timings.seconds_of(work.calls) + self._job_s, work.num_epochs) for work in works]
+        return _pack(done, self._slots, self._timings.worker_start_s if fresh and done else 0.0)
+
+    def teachers(self, on_all: bool, *, fresh: bool) -> _Done:
+        """Teachers, then what they say of all images."""
+        trained = self.jobs(self._workload.teachers(on_all), fresh=fresh)
+        asked = self.jobs(self._workload.shared(on_all), fresh=fresh and not trained.wall_s)
+        return _Done(*map(sum, zip(dataclasses.astuple(trained), dataclasses.astuple(asked), strict=True)))
+
+    def trials(self, left: Mapping[str, int], done_trials: Mapping[str, int], after_s: float) -> tuple[_Done, int]:
+        """The trials that cells have left, which begin `after_s` seconds after the search, within its limits.
+
+        Returns:
+            What they take, and the epochs that they would have if nothing stopped them.
+        """
+        search, timings = self._plan.search, self._timings
+        trial_s, row_s = (GROUP_S, GROUP_ROW_S) if search.trial_backend == "torch_trainer" else (TRIAL_S, ROW_S)
+        works = {cell.name: self._workload.trial(cell) for cell in self._plan.cells}
+        trials, whole_epochs = [], 0
+        for number in range(max(left.values())):
+            for name in (name for name, count in left.items() if number < count):
+                work, kept = works[name], share_kept(search.pruner, works[name].num_epochs, search.trials)
+                seconds = timings.seconds_of(work.calls) + row_s * work.num_epochs
+                trials.append((trial_s + kept * seconds, kept * work.num_epochs))
+                whole_epochs += work.num_epochs
+        packed = _pack(trials, self._slots, timings.worker_start_s if trials else 0.0)
+        return _limited(packed, self._plan, works, done_trials, after_s), whole_epochs
 
 
 def _pack(works: Sequence[tuple[float, float]], slots: int, start_s: float) -> _Done:
@@ -295,12 +194,3 @@ def _assumptions(plan: Plan, resources: Resources, timings: Timings) -> tuple[st
             f"parameters: {'; '.join(timings.estimated)}."
         )
     return tuple(said)
-
-
-def format_hours(hours: float) -> str:
-    """For people: `3 h 20 min`, `12 min`, `40 s`."""
-    seconds = round(3600 * hours)
-    if seconds < 120:
-        return f"{seconds} s"
-    minutes = math.ceil(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 120 else f"{minutes} min"
