@@ -7,8 +7,8 @@ import os
 import sqlite3
 from pathlib import Path
 
-_ARTIFACTS = "artifacts"  # folder beside a SQLite file, and
-IS_BESIDE = "refilled.artifacts_beside_file"  # the tag of the experiments that have theirs there
+_ARTIFACTS = "artifacts"  # the folder beside a SQLite file
+IS_BESIDE = "refilled.artifacts_beside_file"  # tag of the experiments whose artifacts are in it
 _LOCATIONS = (  # where MLflow keeps addresses of artifacts
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
