@@ -32,9 +32,8 @@ from refilled.data.views import Views
 from refilled.errors import UserError
 from refilled.shared_caches import epochs_with_teacher, pays
 from refilled.storage import Artifact, Kind, Storage
-from refilled.storage.model_file import load_model
 from refilled.tasks.classification import Task, load_task
-from refilled.teacher import FrozenTeacher, identity_of, teacher_folder
+from refilled.teacher import FrozenTeacher, input_identity, load_network
 from refilled.training.compute import Compute
 
 EMBEDDINGS = Kind("embeddings")
@@ -136,10 +135,10 @@ class Layout:
 
 def is_cached(config: RunConfig, storage: Storage) -> bool:
     """Whether the cache of a run is there, whose teacher is."""
-    task, folder = load_task(config, storage), teacher_folder(config, storage)
-    storage.fetch(folder.model_path)
-    layout = layout_of(config, task, load_model(folder.model_path).embedding_dim)
-    return storage.artifacts.open(EMBEDDINGS, _key(config, task, identity_of(folder), layout)) is not None
+    task = load_task(config, storage)
+    network, identity = load_network(config, task, storage)
+    layout = layout_of(config, task, network.embedding_dim)
+    return storage.artifacts.open(EMBEDDINGS, _key(config, task, identity, layout)) is not None
 
 
 def embedding_cache(
@@ -201,7 +200,7 @@ def _key(config: RunConfig, task: Task, teacher: str, layout: Layout) -> str:
     """The hash of all that determines a cache's bytes."""
     shape = {"shape": [layout.num_images, layout.num_views, layout.dim], "dtype": layout.dtype}
     views = [config.views.to_dict(), Views(config.views).view_ids.tolist()]
-    return content_hash([FORMAT, teacher, task.train.digest, *views, config.precision, shape])
+    return content_hash([FORMAT, teacher, task.train.digest, *views, config.precision, shape, *input_identity(task)])
 
 
 def _has_room(config: RunConfig, layout: Layout) -> bool:
@@ -232,7 +231,6 @@ class _Builder:
     def __init__(self, config: RunConfig, task: Task, teacher: FrozenTeacher, compute: Compute, layout: Layout) -> None:
         self._task, self._teacher, self._compute, self._layout = task, teacher, compute, layout
         self._views = Views(config.views)
-        self._images = task.train.images.to(compute.device)
 
     def write(self, folder: Path | None) -> Mapping[str, Any]:
         """Compute the rows on all workers; the one that has the folder writes them."""
@@ -246,7 +244,7 @@ class _Builder:
             for first in range(0, num_batches, world_size):
                 ends = [borders[min(first + rank, num_batches)] for rank in range(world_size + 1)]
                 start, stop = ends[distributed.rank()], ends[distributed.rank() + 1]
-                rows = self._rows(torch.arange(start, stop, device=self._images.device))
+                rows = self._rows(torch.arange(start, stop, device=self._compute.device))
                 gathered = distributed.gather_rows(rows, [after - before for before, after in itertools.pairwise(ends)])
                 if not torch.isfinite(gathered).all():
                     raise UserError(
@@ -280,8 +278,7 @@ class _Builder:
             return torch.empty(0, self._layout.dim, dtype=dtype, device=index.device)
         image_ids = index.div(self._layout.num_views, rounding_mode="floor")
         view_ids = self._views.view_ids.to(index.device)[index % self._layout.num_views]
-        rendered = self._views.render(self._images[image_ids], view_ids)
-        return self._teacher.embed_live(self._compute.place_images(rendered, self._task.normalization)).to(dtype)
+        return self._teacher.embed_live(self._teacher.images(image_ids, view_ids)).to(dtype)
 
 
 def _log_once(sentence: str) -> None:

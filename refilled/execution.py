@@ -27,7 +27,10 @@ def run_folder(config: RunConfig, storage: Storage) -> RunFolder:
 
 
 def pretrain_once(config: RunConfig, storage: Storage, compute: Compute) -> RunFolder:
-    """The folder of the finished teacher of a configuration, trained here unless it exists or others are at it."""
+    """The folder of the finished teacher of a configuration, trained here unless it exists or others are at it.
+
+    The configuration must be one that pre-trains its teacher.
+    """
     folder = teacher_folder(config, storage)
     _train_once(pretraining_run(config), folder, compute)
     return folder
@@ -131,7 +134,8 @@ def _load_teacher(
     """
     if not needs_teacher(config):
         return None
-    pretrain_once(config, storage, compute)
+    if config.teacher_weights is None:
+        pretrain_once(config, storage, compute)
     teacher = FrozenTeacher.load(config, task, storage, compute)
     teacher.cache = embedding_cache(config, task, teacher, storage, compute, is_wanted=with_cache)
     return teacher

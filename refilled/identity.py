@@ -12,9 +12,11 @@ from typing import Any
 
 from refilled.config import Config, RunConfig, content_hash
 from refilled.config.tables import digest_of
+from refilled.config.weights import digest_in
 from refilled.data.label_space import LabelSpaces
-from refilled.methods import is_users, terms_of
+from refilled.methods import is_of_package, is_users, terms_of
 from refilled.stages import place_of, stages_of, term_config
+from refilled.user_package import identity_of_package
 
 FORMAT = 2  # part of every identity: raise it when the numbers of a method or the meaning of an entry below change
 
@@ -23,6 +25,7 @@ FORMAT = 2  # part of every identity: raise it when the numbers of a method or t
 BASE: Mapping[str, Any] = {
     "image_size": None,
     "val_fraction": 0.1,
+    "images_per_class": None,
     "split_seed": 0,
     "teacher": "convnet-32",
     "student": "convnet-8",
@@ -32,6 +35,14 @@ BASE: Mapping[str, Any] = {
     "precision": "float32",
     "compile": False,
     "ncm_images_per_class": 50,
+    **{
+        f"{role}_{name}": None
+        for role, names in {
+            "teacher": ("weights", "image_size", "mean", "std", "embedding", "features"),
+            "student": ("weights", "embedding", "features"),
+        }.items()
+        for name in names
+    },
     "embedding.temperature": 0.5,
     "embedding.student_temperature": None,
     "embedding.max_negatives": None,
@@ -75,9 +86,17 @@ _STORED_AS = {"embedding_cache.dtype": "bank.dtype"}  # settings that had other 
 
 # What determines nothing by itself: where data lies and how its order is named (its digest and the class lists count),
 # how often a state is kept, where the teacher's embeddings come from. The method counts as its terms.
-_ELSEWHERE = ("data", "class_order", "num_teacher_classes", "num_student_classes", "overlap", "method", "epochs")
+_ELSEWHERE = (
+    *("data", "class_order", "num_teacher_classes", "num_student_classes", "overlap", "method", "epochs"),
+    *("teacher_data", "teacher_classes", "student_classes"),
+)
 _INDIFFERENT = ("checkpoint_every", "embedding_cache.mode", "embedding_cache.max_gib")
-_OF_TEACHER = ("teacher", "teacher_epochs", "embedding_cache.dtype")
+_OF_TEACHER = (
+    *("teacher", "teacher_epochs", "embedding_cache.dtype"),
+    *(f"teacher_{name}" for name in ("weights", "image_size", "mean", "std", "embedding", "features")),
+)
+_NETWORKS = ("teacher", "student")
+_WEIGHTS = ("teacher_weights", "student_weights")
 _OF_NEAREST_MEAN = ("ncm_images_per_class",)
 NOT_BY_ITSELF = _ELSEWHERE + _INDIFFERENT
 
@@ -110,13 +129,19 @@ def identity(config: RunConfig, spaces: LabelSpaces, data_digest: str) -> dict[s
     }
     if any(stage.needs_teacher for stage in stages):
         found["teacher_classes"] = spaces.teacher
+        if spaces.teacher_digest:
+            found["teacher_data"] = spaces.teacher_digest
     as_before = dict(BASE)
     for stage in stages:
         for term in stage.terms:
             as_before |= {f"{place_of(term)}.{name}": value for name, value in term.Config.added.items()}
     for name, value in determining(config).items():
         if name not in as_before or value != as_before[name]:
-            found[_STORED_AS.get(name, name)] = _portable(value, config) if name in ("teacher", "student") else value
+            if name in _NETWORKS:
+                value = _portable(value, config)
+            if name in _WEIGHTS:
+                value = digest_in(value)
+            found[_STORED_AS.get(name, name)] = value
     return found
 
 
@@ -127,7 +152,9 @@ def determining(config: RunConfig) -> dict[str, Any]:
     names = {name for name in own if name.partition(".")[0] not in ("embedding", "classifier", "terms", "sources")}
     names -= set(NOT_BY_ITSELF)
     if not any(stage.needs_teacher for stage in stages):
-        names -= {name for name in names if name in _OF_TEACHER or name.startswith("pretraining.")}
+        names -= set(_OF_TEACHER)
+    if config.teacher_weights is not None or not any(stage.needs_teacher for stage in stages):
+        names -= {name for name in names if name == "teacher_epochs" or name.startswith("pretraining.")}
     if not any(stage.validates_by == "nearest_mean" for stage in stages):
         names -= set(_OF_NEAREST_MEAN)
     found = {name: own[name] for name in names}
@@ -141,8 +168,21 @@ def determining(config: RunConfig) -> dict[str, Any]:
     return found
 
 
+def identity_of_brought(config: RunConfig) -> dict[str, Any]:
+    """What a teacher that is brought is: its architecture, the content of its weights, and what its embedding is."""
+    assert config.teacher_weights is not None
+    return {
+        "teacher": _portable(config.teacher, config),
+        "weights": digest_in(config.teacher_weights),
+        "embedding": config.teacher_embedding,
+        "features": config.teacher_features,
+    }
+
+
 def _portable(name: str, config: RunConfig) -> str:
     """A name that means the same everywhere: for something of the user's, its file's digest in place of the path."""
+    if is_of_package(name):
+        return identity_of_package(name, config.sources)
     if not is_users(name):
         return name
     path, _, attribute = name.rpartition(":")

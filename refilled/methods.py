@@ -57,6 +57,9 @@ NO_TEACHER = "none"
 """The teacher, where one is named, of runs that ask none and so are shared by all teachers of their search."""
 
 _USER = re.compile(r"[^+>:\s][^+>:]*\.py:[A-Za-z_][A-Za-z0-9_]*")
+_PACKAGE = re.compile(
+    r"(?!(?:torchvision|timm):)[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*"
+)
 
 
 @lru_cache(maxsize=256)
@@ -110,6 +113,11 @@ def user_terms(method: str) -> tuple[str, ...]:
 def is_users(name: str) -> bool:
     """Whether a name has the form `path/file.py:Name`, of something in a file of the user's own."""
     return _USER.fullmatch(name) is not None
+
+
+def is_of_package(name: str) -> bool:
+    """Whether a name has the form `package.module:name`, of something that Python can import."""
+    return not is_users(name) and _PACKAGE.fullmatch(name) is not None
 
 
 def _shown(method: str) -> str:

@@ -10,7 +10,7 @@ from refilled.data.views import Views
 from refilled.stages import stages_of
 from refilled.storage import Storage
 from refilled.tasks.classification import load_task
-from refilled.teacher import teacher_folder
+from refilled.teacher import input_identity, teacher_name
 
 
 @dataclass
@@ -61,5 +61,7 @@ def cache_name(run: RunConfig, storage: Storage) -> str | None:
     """What names a run's embedding cache before its teacher is there; none where it asks for none."""
     if run.embedding_cache.mode == "live" or not epochs_with_teacher(run):
         return None
-    teacher, digest = teacher_folder(run, storage).path.name, load_task(run, storage).train.digest
-    return content_hash([teacher, digest, run.views.to_dict(), run.precision, run.embedding_cache.dtype])
+    task = load_task(run, storage)
+    views, dtype = run.views.to_dict(), run.embedding_cache.dtype
+    teacher = teacher_name(run, storage)
+    return content_hash([teacher, task.train.digest, views, run.precision, dtype, *input_identity(task)])

@@ -13,16 +13,20 @@ from refilled.config import RunConfig, ScheduleConfig, SearchConfig, Sources, Te
 from refilled.config.base import FieldError
 from refilled.data.label_space import LabelSpaces
 from refilled.errors import UserError
-from refilled.methods import TERMS, StageName, is_users, terms_of, user_terms
+from refilled.methods import TERMS, StageName, is_of_package, is_users, terms_of, user_terms
 from refilled.terms import Term
 from refilled.terms.base import Needs, StudentNeed, TeacherNeed
-from refilled.user_code import load_object, read_source
+from refilled.user_code import load_object, read_source, read_text
+from refilled.user_package import files_of
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 # Settings of terms are flags `--NAME.SETTING`, beside those of a run, of a search and of `tune/train.py`.
 _TAKEN = {*TERMS, "refit", "workers", "help"} | {
     field.name for config in (RunConfig, SearchConfig) for field in dataclasses.fields(config)
 }
+
+
+_LISTS = ("teacher_classes", "student_classes")
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def check_classes(config: RunConfig, spaces: LabelSpaces) -> None:
         UserError: With the numbers of both.
     """
     same = any(term.needs.same_classes for stage in stages_of(config) for term in stage.terms)
-    if same and spaces.teacher != spaces.student:
+    if same and sorted(spaces.teacher) != sorted(spaces.student):
         raise UserError(
             f"method {config.method} needs a teacher with exactly the student's classes (Eq. 2; see "
             f"num_teacher_classes and num_student_classes), got {len(spaces.teacher)} teacher and "
@@ -182,7 +186,7 @@ def check_classes(config: RunConfig, spaces: LabelSpaces) -> None:
 
 
 def with_own_code(config: RunConfig) -> RunConfig:
-    """The run with the text of every file of the user's that it names, read here and now.
+    """The run with the text of every file of the user's that it names, code read here and now.
 
     Raises:
         UserError: A file cannot be read.
@@ -190,13 +194,26 @@ def with_own_code(config: RunConfig) -> RunConfig:
     texts: dict[str, str] = {}
     for field_name, name in named_by_user(config):
         texts |= read_source(name, field_name).to_dict()
+    for field_name in _LISTS:
+        if (path := getattr(config, field_name)) is not None:
+            known = config.sources.text_of(path)
+            texts[path] = (
+                known if known is not None else read_text(path, field_name, "a text file with one class a line")
+            )
     return dataclasses.replace(config, sources=Sources.from_dict(texts))
 
 
 def named_by_user(config: RunConfig) -> list[tuple[str, str]]:
-    """What a run names as `path/file.py:Name`, with the field that does."""
+    """What a run names that is the user's own code, with the field that does."""
     networks = [("teacher", config.teacher), ("student", config.student)]
-    return [("method", term) for term in user_terms(config.method)] + [each for each in networks if is_users(each[1])]
+    own = [each for each in networks if is_users(each[1]) or is_of_package(each[1])]
+    return [("method", term) for term in user_terms(config.method)] + own
+
+
+def own_code(config: RunConfig, *names: str) -> Sources:
+    """Those of a run's sources that hold what is named: code by its name, other files by their path."""
+    paths = {path for name in names for path in files_of(name, config.sources)}
+    return config.sources.only({*paths, *names, *(name.rpartition(":")[0] for name in names)})
 
 
 def complete(config: RunConfig) -> RunConfig:
@@ -212,9 +229,9 @@ def complete(config: RunConfig) -> RunConfig:
             own = term_config(term, config).flat()
             if own and not term.place:
                 settings[term.name] = own
-    needed = {name.rpartition(":")[0] for _, name in named_by_user(config)}
-    terms = TermSettings.from_dict(settings)
-    return dataclasses.replace(config, terms=terms, sources=config.sources.only(needed))
+    lists = [path for field_name in _LISTS if (path := getattr(config, field_name)) is not None]
+    carried = own_code(config, *(name for _, name in named_by_user(config)), *lists)
+    return dataclasses.replace(config, terms=TermSettings.from_dict(settings), sources=carried)
 
 
 def check(config: RunConfig) -> None:

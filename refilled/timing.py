@@ -11,7 +11,6 @@ a part of its own.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 import statistics
@@ -25,11 +24,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from refilled.config import RunConfig, Sources, content_hash
+from refilled.config import RunConfig, content_hash
 from refilled.data.views import Views
 from refilled.methods import VANILLA, StageName
 from refilled.metrics import EpochMetrics
-from refilled.models import build_model
+from refilled.networks import Role, size_of
 from refilled.rehearsal import Steps, some_of, untrained_teacher
 from refilled.stages import Stage, needs_teacher, stages_of
 from refilled.storage import Storage
@@ -39,7 +38,7 @@ from refilled.training.compute import Compute
 from refilled.training.evaluation import EVALUATION_BATCH_SIZE, accuracy
 from refilled.training.learner import make_learner
 
-Kind = Literal["step", "image", "epoch"]
+Kind = Literal["step", "image", "teacher", "epoch"]
 BLOCKS = 5  # of calls, whose median is taken: a processor that others use too stops a call now and then
 # What changes no step's time. Overlaps differ in which classes there are, not in how many.
 _UNTIMED = (
@@ -97,6 +96,11 @@ def image_part(run: RunConfig) -> Part:
     return _part(run, "image", f"{run.student}, evaluation", 1)
 
 
+def teacher_part(run: RunConfig) -> Part:
+    """The forward pass of a teacher that is brought, for one image as it sees it."""
+    return _part(run, "teacher", f"{run.teacher}, forward pass", 1)
+
+
 def epoch_part(run: RunConfig) -> Part:
     """The checkpoint and the row of an epoch, those of the student's network alone."""
     return _part(run, "epoch", f"{run.student}, checkpoint", 0)
@@ -107,7 +111,13 @@ def _part(run: RunConfig, kind: Kind, name: str, images: int, stage: Stage | Non
     asks = stage is not None and stage.needs_teacher
     what = run.to_dict() | dict.fromkeys(_UNTIMED)
     what |= {"method": terms, "terms": {term: run.terms.of(term) for term in terms}}
-    what |= {"teacher": run.teacher if asks else None}
+    what |= {"teacher": run.teacher if asks or kind == "teacher" else None}
+    if not (asks or kind == "teacher"):
+        what |= {name: None for name in what if name.startswith("teacher_")}
+    if kind == "teacher":
+        what |= {name: None for name in what if name == "student" or name.startswith("student_")}
+    what |= dict.fromkeys(("teacher_weights", "teacher_classes", "teacher_data", "student_weights"))
+    what |= {"student_classes": None, "images_per_class": None}
     if not stage:
         run, what = dataclasses.replace(run, method=VANILLA), what | {"embedding": None, "classifier": None}
     stage_name = stage.name if stage else None
@@ -116,18 +126,18 @@ def _part(run: RunConfig, kind: Kind, name: str, images: int, stage: Stage | Non
 
 def work_of(part: Part, task: Task) -> float:
     """What one call computes, in images times parameters that they meet; a step takes three times its forward pass."""
-    run, (channels, size) = part.run, task.train.images.shape[1:3]
-    student, stage = _num_parameters(run.student, channels, size, run.sources), _stage_of(part)
+    run, stage = part.run, _stage_of(part)
+    if part.kind == "teacher":
+        return part.images * _num_parameters(run, "teacher", task)
+    student = _num_parameters(run, "student", task)
     if stage is None:
         return part.images * student
-    teacher = _num_parameters(run.teacher, channels, size, run.sources) if _is_live(stage) else 0
+    teacher = _num_parameters(run, "teacher", task) if _is_live(stage) else 0
     return part.images * (3.0 * student + teacher)
 
 
-@functools.lru_cache(maxsize=64)
-def _num_parameters(name: str, channels: int, size: int, sources: Sources) -> int:
-    model = build_model(name, num_classes=2, in_channels=channels, image_size=size, seed=0, sources=sources)
-    return sum(each.numel() for each in model.parameters())
+def _num_parameters(run: RunConfig, role: Role, task: Task) -> int:
+    return size_of(run, role, task).num_parameters
 
 
 def _stage_of(part: Part) -> Stage | None:
@@ -170,6 +180,11 @@ def _action(part: Part, whole: Task, folder: RunFolder, compute: Compute) -> tup
         images = some_of(whole, count).train
         student = make_learner(run, task, None, compute).student
         return lambda: accuracy(student, images, task.normalization, compute), len(images)
+    if part.kind == "teacher":
+        asked = untrained_teacher(run, task, compute)
+        ids = torch.arange(len(task.train), device=compute.device)
+        plain = torch.full_like(ids, Views(run.views).plain)
+        return lambda: asked.embed_live(asked.images(ids, plain)), len(ids)
     if part.kind == "epoch":  # a step, of whatever size, gives the optimizer the state that a checkpoint holds
         run = dataclasses.replace(run, global_batch_size=2)
     stage = _stage_of(part)
@@ -219,9 +234,7 @@ class _AtHand:
 
 def embedding_dim_of(run: RunConfig, task: Task) -> int:
     """Of the run's teacher."""
-    channels, size, _ = task.train.images.shape[1:]
-    shape = {"num_classes": 2, "in_channels": channels, "image_size": size}
-    return build_model(run.teacher, **shape, seed=0, sources=run.sources).embedding_dim
+    return size_of(run, "teacher", task).embedding_dim
 
 
 def _peak_bytes(run: RunConfig, whole: Task, compute: Compute, total_bytes: int) -> int:

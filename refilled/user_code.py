@@ -1,4 +1,4 @@
-"""Classes and functions from files of the user's own, named `path/file.py:Name`.
+"""Classes and functions of the user's own, named `path/file.py:Name` or, in a package, `package.module:name`.
 
 The text of such a file travels inside the run's configuration (`Sources`), so a worker on another machine needs no copy
 of it, and what a run was made of is part of its identity. A file may import installed packages, not its neighbours.
@@ -17,12 +17,14 @@ from typing import Any
 
 from refilled.config.tables import MAX_SOURCE_CHARS, Sources, digest_of
 from refilled.errors import UserError
+from refilled.methods import is_of_package
+from refilled.user_package import forget_packages, load_from_package, read_package
 
 _PREFIX = "refilled_user_"
 
 
 def read_source(name: str, field_name: str) -> Sources:
-    """The text of the file that `path/file.py:Name` names.
+    """The text of the file that `path/file.py:Name` names, or the texts of a package's files.
 
     Args:
         name: The name as the user wrote it; relative paths are looked up in the current folder.
@@ -31,15 +33,26 @@ def read_source(name: str, field_name: str) -> Sources:
     Raises:
         UserError: The file cannot be read, or is no text of at most `MAX_SOURCE_CHARS` characters.
     """
+    if is_of_package(name):
+        return read_package(name, field_name)
     path = name.rpartition(":")[0]
+    return Sources(((path, read_text(path, field_name, "a Python file")),))
+
+
+def read_text(path: str, field_name: str, kind: str) -> str:
+    """The text of a file that a setting names.
+
+    Raises:
+        UserError: It cannot be read, or is no text of at most `MAX_SOURCE_CHARS` characters.
+    """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{field_name} must name a Python file that can be read, got {path!r} ({reason}).") from error
+        raise UserError(f"{field_name} must name {kind} that can be read, got {path!r} ({reason}).") from error
     if len(text) > MAX_SOURCE_CHARS:
         raise UserError(f"{field_name} must name a file of at most {MAX_SOURCE_CHARS} characters, got {path!r}.")
-    return Sources(((path, text),))
+    return text
 
 
 def load_object(name: str, sources: Sources, field_name: str) -> Any:
@@ -48,13 +61,15 @@ def load_object(name: str, sources: Sources, field_name: str) -> Any:
     Equal texts are run once in a process.
 
     Args:
-        name: `path/file.py:Name`.
+        name: `path/file.py:Name` or `package.module:name`.
         sources: The run's, which must hold the file.
         field_name: The setting, for the message.
 
     Raises:
         UserError: The file is not among the sources, raises an error when it is run, or has no such name.
     """
+    if is_of_package(name):
+        return load_from_package(name, sources, field_name)
     path, _, attribute = name.rpartition(":")
     text = sources.text_of(path)
     if text is None:
@@ -99,7 +114,8 @@ def _is_users(filename: str) -> bool:
 
 
 def forget_modules() -> None:
-    """Drop the modules of the user's files, with whatever state they have gathered."""
+    """Drop the modules of the user's files and packages, with whatever state they have gathered."""
+    forget_packages()
     for name in [name for name in sys.modules if name.startswith(_PREFIX)]:
         del sys.modules[name]
 

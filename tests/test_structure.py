@@ -19,9 +19,9 @@ WHERE_USED = {("refilled.storage.storage", f"refilled.storage.{name}") for name 
 SHARED = {"config", "errors", "keyed", "methods"}
 REACHED = {
     "losses": {"keyed"},
-    "models": SHARED | {"user_code"},
+    "models": SHARED | {"user_code", "user_package"},
     "data": SHARED | {"distributed", "storage"},
-    "storage": SHARED | {"distributed", "metrics", "models", "user_code"},
+    "storage": SHARED | {"distributed", "metrics", "models", "user_code", "user_package"},
 }
 
 

@@ -116,7 +116,10 @@ def test_what_is_no_term_is_refused(method: str, sentence: str, own: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("broken", "raises RuntimeError: no such network"), ("other", "must return a refilled.models.Model, got Linear")],
+    [
+        ("broken", "raises RuntimeError: no such network"),
+        ("other", "must take images of 3 x 8 x 8, but raises"),
+    ],
 )
 def test_what_is_no_network_is_refused(name: str, sentence: str, own: Path) -> None:
     reference = f"{own}/net.py:{name}"

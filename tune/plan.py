@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
-import refilled
+from refilled.brought import with_stored_weights
 from refilled.config import RunConfig, SearchConfig, content_hash
-from refilled.data.label_space import NAMED_ORDERS, LabelSpaces
+from refilled.data.label_space import NAMED_ORDERS
 from refilled.data.sources import validate_source
 from refilled.errors import UserError
+from refilled.given_spaces import measured
 from refilled.identity import run_key
 from refilled.methods import NO_TEACHER, has_embedding_stage, name_of
 from refilled.models import validate_model_name
+from refilled.models.exact import require_exact
+from refilled.networks import build_network, image_shape, size_of
 from refilled.rehearsal import rehearse
 from refilled.stages import (
     check_classes,
@@ -33,7 +35,8 @@ from refilled.storage.run_folder import RunFolder
 from refilled.tasks.classification import load_task, verify_test_images
 from refilled.teacher import pretraining_run
 from refilled.user_code import blaming
-from tune.studies.space import as_data, default_point
+from tune.cells import Cell, Place
+from tune.studies.space import default_point
 from tune.studies.study_store import StudyPlan
 from tune.studies.warm_start import source_cells
 
@@ -52,63 +55,6 @@ _SHAPING = (
 _RENAMED = {"generation": "trial_batch"}  # settings that had other names when studies were first named
 
 
-class Place(NamedTuple):
-    """One cell of the grid, in which methods are compared; its data is the search's."""
-
-    overlap: float
-    teacher: str
-    student: str
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method in one cell of the grid: what has a study and a winner of its own.
-
-    A method that asks no teacher, such as the vanilla student, has one study for all teachers of the same overlap and
-    student; its `teacher` is "none".
-    """
-
-    overlap: float
-    teacher: str
-    student: str
-    run: RunConfig
-    spaces: LabelSpaces
-    data_digest: str
-    num_validation_images: int
-
-    @property
-    def method(self) -> str:
-        """As it was asked for."""
-        return self.run.method
-
-    @property
-    def name(self) -> str:
-        """For people: `0.4 wrn-40-2>wrn-16-1 refilled`."""
-        return f"{self.overlap:g} {self.teacher}>{self.student} {self.method}"
-
-    @property
-    def group(self) -> str:
-        """Names what the cell is compared with: all that has the same overlap and student."""
-        return f"{self.overlap:g} {self.student}"
-
-    @property
-    def tags(self) -> dict[str, str]:
-        """What MLflow's runs of this cell carry."""
-        return {
-            "cell": self.name,
-            "overlap": f"{self.overlap:g}",
-            "teacher": self.teacher,
-            "student": self.student,
-            "method": self.method,
-            "data_digest": self.data_digest,
-        }
-
-    @cached_property
-    def identity(self) -> str:
-        """Hash of what defines the cell's studies: the run, its classes and data, and what is searched."""
-        return content_hash([run_key(self.run, self.spaces, self.data_digest), as_data(self.run)])
-
-
 @dataclass(frozen=True)
 class Plan:
     """All cells of a search and what they share."""
@@ -121,15 +67,15 @@ class Plan:
     def places(self) -> tuple[Place, ...]:
         """The cells of the grid."""
         search = self.search
-        return tuple(Place(*each) for each in itertools.product(search.overlaps, search.teachers, search.students))
+        grid = itertools.product(search.overlaps, search.teachers, search.students, _numbers_of_images(search))
+        return tuple(Place(*each) for each in grid)
 
     def at(self, place: Place) -> dict[str, Cell]:
         """What is compared in a cell of the grid, by method."""
         found = {
             cell.method: cell
             for cell in self.cells
-            if (cell.overlap, cell.student) == (place.overlap, place.student)
-            and cell.teacher in (place.teacher, NO_TEACHER)
+            if cell.place._replace(teacher=place.teacher) == place and cell.teacher in (place.teacher, NO_TEACHER)
         }
         return {method: found[method] for method in self.search.methods}
 
@@ -185,16 +131,23 @@ def make_plan(search: SearchConfig) -> Plan:
     for field_name, names in (("teachers", search.teachers), ("students", search.students)):
         for name in names:
             _validate_model(field_name, name)
-    validate_source(search.run.data)
+    for source in (search.run.data, search.run.teacher_data):
+        if source is not None:
+            validate_source(source)
     methods = tuple(name_of(method) for method in search.methods)
     search = dataclasses.replace(search, run=_with_absolute_paths(search.run), methods=methods)
     storage = Storage.open(search.storage)
+    if search.run.is_explicit:
+        search = measured(search, storage)
     cells: dict[str, Cell] = {}
-    for overlap, teacher, student in itertools.product(search.overlaps, search.teachers, search.students):
+    grid = itertools.product(search.overlaps, search.teachers, search.students, _numbers_of_images(search))
+    for place in (Place(*each) for each in grid):
         for method in search.methods:
-            cell = _cell(search.run, method, overlap, teacher, student, storage)
+            cell = _cell(search.run, method, place, storage)
             cells.setdefault(cell.name, cell)
     _require_different(list(cells.values()))
+    if search.workers_per_trial > 1:
+        require_exact_networks(list(cells.values()), storage, search.workers_per_trial)
     _rehearse(list(cells.values()), storage)
     plan = Plan(search=search, storage=storage, cells=tuple(cells.values()))
     least = sum(num_epochs_of(each.run) for each in plan.cells)
@@ -209,22 +162,29 @@ def make_plan(search: SearchConfig) -> Plan:
     return plan
 
 
-def _cell(template: RunConfig, method: str, overlap: float, teacher: str, student: str, storage: Storage) -> Cell:
-    place = dataclasses.replace(template, overlap=overlap, teacher=teacher, student=student)
-    with blaming([name for _, name in named_by_user(dataclasses.replace(place, method=method, epochs=(1, 1)))]):
-        run = run_of_method(place, method, template.epochs)
+def _numbers_of_images(search: SearchConfig) -> tuple[int | None, ...]:
+    return tuple(None if each == "all" else int(each) for each in search.images_per_class)
+
+
+def _cell(template: RunConfig, method: str, place: Place, storage: Storage) -> Cell:
+    run = dataclasses.replace(template, **place._asdict())
+    with blaming([name for _, name in named_by_user(dataclasses.replace(run, method=method, epochs=(1, 1)))]):
+        run = run_of_method(run, method, template.epochs)
         default_point(run)
-    task = load_task(run, storage)
-    check_classes(run, task.spaces)
-    return Cell(
-        overlap=overlap,
-        teacher=teacher if needs_teacher(run) else NO_TEACHER,
-        student=student,
-        run=run,
-        spaces=task.spaces,
-        data_digest=task.data_digest,
-        num_validation_images=0 if task.validation is None else len(task.validation.labels),
-    )
+        task = load_task(run, storage)
+        check_classes(run, task.spaces)
+        run = with_stored_weights(run, task, storage)
+        return Cell(
+            overlap=place.overlap,
+            teacher=place.teacher if needs_teacher(run) else NO_TEACHER,
+            student=place.student,
+            run=run,
+            spaces=task.spaces,
+            data_digest=task.data_digest,
+            num_validation_images=0 if task.validation is None else len(task.validation.labels),
+            teacher_size=size_of(run, "teacher", task) if needs_teacher(run) else None,
+            student_size=size_of(run, "student", task),
+        )
 
 
 def run_of_method(template: RunConfig, method: str, epochs: tuple[int, int]) -> RunConfig:
@@ -243,9 +203,11 @@ def _with_absolute_paths(run: RunConfig) -> RunConfig:
     """The same run for a worker, whose current folder is another."""
     kind, colon, path = run.data.partition(":")
     data = f"{kind}:{Path(path).expanduser().absolute()}" if colon else run.data
+    kind, colon, path = (run.teacher_data or "").partition(":")
+    teacher_data = f"{kind}:{Path(path).expanduser().absolute()}" if colon else run.teacher_data
     is_named = run.class_order in NAMED_ORDERS
     order = run.class_order if is_named else str(Path(run.class_order).expanduser().absolute())
-    return dataclasses.replace(run, data=data, class_order=order)
+    return dataclasses.replace(run, data=data, teacher_data=teacher_data, class_order=order)
 
 
 def _require_different(cells: list[Cell]) -> None:
@@ -269,12 +231,35 @@ def _rehearse(cells: list[Cell], storage: Storage) -> None:
     """
     tried = set()
     for cell in cells:
-        for run in [pretraining_run(cell.run), cell.run] if needs_teacher(cell.run) else [cell.run]:
+        for run in _with_its_teachers(cell):
             what = run.method, cell.teacher, run.student
             on_maps = any("features" in stage.teacher_needs for stage in stages_of(run))
-            if what not in tried and (on_maps or named_by_user(run)):
-                rehearse(run, load_task(run, storage))
+            asks_brought = run.teacher_weights is not None and needs_teacher(run)
+            is_others = ":" in run.student or (":" in run.teacher and needs_teacher(run))
+            if what not in tried and (on_maps or asks_brought or is_others or named_by_user(run)):
+                rehearse(run, load_task(run, storage), storage)
             tried.add(what)
+
+
+def _with_its_teachers(cell: Cell) -> list[RunConfig]:
+    """A cell's run, after the run that pre-trains its teacher if it has one."""
+    is_pretrained = needs_teacher(cell.run) and cell.run.teacher_weights is None
+    return [pretraining_run(cell.run), cell.run] if is_pretrained else [cell.run]
+
+
+def require_exact_networks(cells: Sequence[Cell], storage: Storage, num_workers: int) -> None:
+    """Refuse networks whose training on several workers would not be that on one, before anything is trained.
+
+    Raises:
+        UserError: Naming the network and what in it depends on the workers.
+    """
+    tried = set()
+    for run in (run for cell in cells for run in _with_its_teachers(cell)):
+        if run.student not in tried:
+            tried.add(run.student)
+            task = load_task(run, storage)
+            network = build_network(run, "student", task, num_classes=2, dropout=run.optimizer.dropout)
+            require_exact(network, run.student, image_shape("student", task), num_workers)
 
 
 def _validate_model(field_name: str, name: str) -> None:
@@ -282,21 +267,3 @@ def _validate_model(field_name: str, name: str) -> None:
         validate_model_name(name)
     except UserError as error:
         raise UserError(f"{field_name}: {error}") from error
-
-
-def code_version() -> str:
-    """The package's version, with the commit where the code runs from a checkout."""
-    root = Path(refilled.__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return refilled.__version__
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return refilled.__version__
-    return f"{refilled.__version__}+{described}"

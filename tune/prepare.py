@@ -39,7 +39,7 @@ def prepare(
     """
     teachers: dict[str, RunConfig] = {}
     for run, _ in runs:
-        if needs_teacher(run):
+        if needs_teacher(run) and run.teacher_weights is None:
             folder = teacher_folder(run, storage)
             if folder.result() is None:
                 teachers.setdefault(folder.path.name, run)

@@ -216,7 +216,7 @@ def start(preset_name: str, methods: tuple[str, ...]) -> SearchConfig:
 
 def command(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    hidden = {"run.overlap", "run.teacher", "run.student", "run.method", "run.sources"}  # the grid's, as lists
+    hidden = {f"run.{name}" for name in ("overlap", "teacher", "student", "method", "images_per_class", "sources")}
     return run_command(
         "search",
         HELP,

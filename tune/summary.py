@@ -13,7 +13,8 @@ from refilled.config import RunConfig, ScheduleConfig
 from refilled.methods import SHORT_VANILLA, VANILLA, composition
 from refilled.stages import place_of, stages_of, term_config
 from refilled.statistics import mean_and_ci95
-from tune.plan import Cell, Place, Plan
+from tune.cells import Cell, Place
+from tune.plan import Plan
 from tune.studies.space import Edge, searched_of
 
 _SYMBOLS = {"temperature": "τ", "distill_weight": "λ", "max_negatives": "K̂"}
@@ -90,6 +91,7 @@ def _row(place: Place, result: MethodResult, beside: Mapping[str, MethodResult])
         "overlap": place.overlap,
         "teacher": place.teacher,
         "student": place.student,
+        "images_per_class": place.images_per_class,
         "method": cell.method,
         "terms": composition(cell.method),
         "teacher_classes": list(cell.spaces.teacher),

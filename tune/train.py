@@ -32,7 +32,8 @@ from tune.cli import run_command, term_configs
 if TYPE_CHECKING:
     from refilled.storage.run_folder import RunFolder
     from tune.backend.worker import Job
-    from tune.plan import Cell, Plan
+    from tune.cells import Cell
+    from tune.plan import Plan
 
 HELP = "Train one student with one method on 1..N workers, and log it to MLflow."
 POLL_S = 0.5
@@ -89,6 +90,7 @@ class TrainConfig(Config):
             overlaps=(self.run.overlap,),
             teachers=(self.run.teacher,),
             students=(self.run.student,),
+            images_per_class=(self.run.images_per_class or "all",),
             trials=1,
             seeds=1,
             workers_per_trial=self.least_workers,
@@ -117,10 +119,12 @@ def start(preset_name: str, methods: tuple[str, ...]) -> TrainConfig:
 def main(config: TrainConfig) -> int:
     """Plan, train, report."""
     with ray_environment():
-        from tune.plan import make_plan  # imports Ray, which reads its environment then
+        from tune.plan import make_plan, require_exact_networks  # imports Ray, which reads its environment then
         from tune.tracking.tracker import Tracker, resolve_tracking_uri
 
         plan = make_plan(config.as_search())
+        if config.most_workers > 1:
+            require_exact_networks(plan.cells, plan.storage, config.most_workers)
         uri = resolve_tracking_uri(config.tracking_uri, plan.storage)
         with Tracker(uri, config.experiment, plan.storage) as tracker:
             return _train(config, plan, tracker)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from refilled.config.base import Config
 from refilled.config.embedding_cache import EmbeddingCacheConfig
 from refilled.config.fields import NonNegativeInt, PositiveInt, Range, Share, ShareBelowOne
+from refilled.config.networks import NetworksConfig
 from refilled.config.parts import ClassifierConfig, EmbeddingConfig, OptimizerConfig, TeacherConfig, ViewConfig
 from refilled.config.tables import Sources, TermSettings
 from refilled.methods import has_embedding_stage
@@ -16,7 +16,7 @@ Precision = Literal["float32", "float64", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Config):
+class RunConfig(NetworksConfig):
     """Everything that determines one training, and with the data and the code its every number."""
 
     data: str = "digits"
@@ -35,11 +35,15 @@ class RunConfig(Config):
     """Share of the training images held out for validation, in every class; 0: train on all, validate on none."""
     split_seed: NonNegativeInt = 0
     """Seed of the validation split."""
+    images_per_class: Annotated[int, Range(2)] | None = None
+    """Training images that the student has of each class, those held out for validation included (Figure 6b); the
+    smaller of two numbers takes a part of the larger's images. None: all."""
 
     teacher: str = "convnet-32"
-    """Architecture of the teacher: wrn-DEPTH-WIDTH or convnet-WIDTH."""
+    """Architecture of the teacher: wrn-DEPTH-WIDTH, mobilenet-WIDTH, convnet-WIDTH, torchvision:NAME, timm:NAME, or a
+    factory of your own as path/file.py:Name or package.module:name."""
     student: str = "convnet-8"
-    """Architecture of the student: wrn-DEPTH-WIDTH or convnet-WIDTH."""
+    """Architecture of the student, named likewise."""
     method: str = "refilled"
     """A method's name, or its terms by stage: 'rkd>cross_entropy+lkd'; a term of your own is path/file.py:Name."""
     epochs: tuple[NonNegativeInt, NonNegativeInt] = (40, 40)

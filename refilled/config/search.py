@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from refilled.config.base import Config, require
-from refilled.config.fields import NonNegativeFloat, PositiveFloat, PositiveInt, Share, ShareBelowOne
+from refilled.config.fields import NonNegativeFloat, PositiveFloat, PositiveInt, Range, Share, ShareBelowOne
 from refilled.config.run import RunConfig
 from refilled.methods import composition
 
@@ -32,6 +32,9 @@ class SearchConfig(Config):
     """Teacher architectures of the grid."""
     students: tuple[str, ...] = ("convnet-8",)
     """Student architectures of the grid."""
+    images_per_class: tuple[Annotated[int, Range(2)] | Literal["all"], ...] = ("all",)
+    """Training images a class that students have, an axis of the grid like overlaps (Figure 6b): numbers, or all.
+    Smaller numbers take parts of the larger ones' images; those held out for validation are among them."""
     trials: PositiveInt = 16
     """Trials of every method in every cell; on average, see `adaptive_share`."""
     max_hours: PositiveFloat | None = None
@@ -82,7 +85,7 @@ class SearchConfig(Config):
     def __post_init__(self) -> None:
         """Check also the grid, and fields that depend on each other."""
         super().__post_init__()
-        for name in ("methods", "overlaps", "teachers", "students"):
+        for name in ("methods", "overlaps", "teachers", "students", "images_per_class"):
             values = getattr(self, name)
             self.require(len(values) >= 1, name, "at least one value")
             self.require(len(set(values)) == len(values), name, "different values")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from refilled.data.images import ImageSet, make_image_set
+from refilled.data.images import ImageSet, check_class_names, make_image_set
 from refilled.data.text import one_line, shown
 from refilled.errors import UserError
 from refilled.keyed import derive_seed, keyed_permutation
@@ -24,10 +24,22 @@ NAMED_ORDERS = ("alphabetical", "cifar_fs")
 
 @dataclass(frozen=True)
 class LabelSpaces:
-    """The class lists of a cell; a label is the position in its list."""
+    """The class lists of a cell; a label is the position in its list.
+
+    Attributes:
+        teacher: The teacher's; empty where it is brought without names.
+        student: The student's.
+        teacher_digest: Digest of the teacher's own training images, where it is pre-trained on other data; else empty.
+    """
 
     teacher: tuple[str, ...]
     student: tuple[str, ...]
+    teacher_digest: str = ""
+
+    @property
+    def overlap(self) -> float:
+        """Share of the student's classes that are the teacher's too, by name."""
+        return self.num_shared / len(self.student)
 
     @property
     def num_shared(self) -> int:
@@ -60,16 +72,60 @@ def order_classes(order: str, class_names: tuple[str, ...]) -> tuple[str, ...]:
                 f"got {shown(repr(order))} ({one_line(error)})."
             ) from error
     order = shown(order)
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"class_order {order!r} must name every class once, but names {shown(repr(twice))} twice.")
+    names = _lines_once(text, f"class_order {order!r}")
     if set(names) != set(class_names):
         odd = sorted(set(names) ^ set(class_names))[0]
         where = "which the data does not have" if odd in names else "which the order leaves out"
         raise UserError(
             f"class_order {order!r} must name the data's {len(class_names)} classes; see {shown(repr(odd))}, {where}."
         )
+    return names
+
+
+def listed_classes(text: str, field_name: str, path: str, image_set: ImageSet | None) -> tuple[str, ...]:
+    """The classes that a text file names, one a line.
+
+    Args:
+        text: The file's.
+        field_name: The setting, for messages.
+        path: The file's name, likewise.
+        image_set: The data that must have them; none: names that nobody can check.
+
+    Raises:
+        UserError: It names one twice, fewer than two, or one that the data does not have or has no image of.
+    """
+    where = f"{field_name} {shown(path)!r}"
+    names = _lines_once(text, where)
+    if len(names) < 2:
+        raise UserError(f"{where} must name at least 2 classes, one a line, got {len(names)}.")
+    if image_set is None:
+        return check_class_names(names, where)
+    odd = [name for name in names if name not in image_set.class_names]
+    if odd:
+        some = ", ".join(shown(name) for name in image_set.class_names[:3])
+        raise UserError(
+            f"{where} must name classes of the data, which has no {shown(repr(odd[0]))} and {len(odd) - 1} more of "
+            f"them; it has {some}, ..."
+        )
+    empty = [name for name in names if name in empty_classes(image_set)]
+    if empty:
+        raise UserError(
+            f"{where} must name classes with training images, but the data has none of {shown(empty[0])!r}."
+        )
+    return names
+
+
+def empty_classes(image_set: ImageSet) -> tuple[str, ...]:
+    """Classes that a data set declares and has no image of."""
+    counts = torch.bincount(image_set.labels, minlength=len(image_set.class_names)).tolist()
+    return tuple(name for name, count in zip(image_set.class_names, counts, strict=True) if not count)
+
+
+def _lines_once(text: str, where: str) -> tuple[str, ...]:
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{where} must name every class once, but names {shown(repr(twice))} twice.")
     return names
 
 
@@ -114,33 +170,36 @@ class Split:
     validation: Tensor
 
 
-def hold_out(image_set: ImageSet, *, fraction: float, seed: int) -> Split:
+def hold_out(image_set: ImageSet, *, fraction: float, seed: int, images_per_class: int | None = None) -> Split:
     """A stratified validation split of all classes, before any window selects from them.
 
     It is drawn once for all cells, so that a teacher has never seen an image on which a student is validated. A class's
-    share depends on the seed and the class's name alone.
+    share depends on the seed and the class's name alone. Of a smaller number of images a class, those held out are
+    among those that are held out of all images, and the smaller of two numbers takes a part of the larger's.
 
     Args:
         image_set: All training images.
         fraction: Share of every class that is held out, rounded to whole images, at least 1 where above 0.
         seed: The seed of the draw.
+        images_per_class: Most images that are taken of a class, on both sides together; none: all.
 
     Raises:
         UserError: Where a class has too few images to leave one on each side.
     """
     held: list[Tensor] = []
-    if fraction > 0:
-        for label, name in enumerate(image_set.class_names):
-            members = (image_set.labels == label).nonzero().flatten()
-            count = max(1, round(fraction * len(members)))
-            if count >= len(members):
-                raise UserError(f"val_fraction must leave images of class {name!r}, which has {len(members)}.")
-            order = keyed_permutation(len(members), derive_seed(seed, "hold_out", name))
-            held.append(members[order[:count]])
-    validation = torch.cat(held).sort().values if held else torch.empty(0, dtype=torch.int64)
-    is_train = torch.ones(len(image_set.labels), dtype=torch.bool)
-    is_train[validation] = False
-    return Split(train=is_train.nonzero().flatten(), validation=validation)
+    kept: list[Tensor] = []
+    for label, name in enumerate(image_set.class_names):
+        members = (image_set.labels == label).nonzero().flatten()
+        if not len(members):
+            continue
+        number = len(members) if images_per_class is None else min(images_per_class, len(members))
+        count = max(1, round(fraction * number)) if fraction > 0 else 0
+        if count >= number:
+            raise UserError(f"val_fraction must leave images of class {name!r}, which has {number}.")
+        order = members[keyed_permutation(len(members), derive_seed(seed, "hold_out", name))]
+        held.append(order[:count])
+        kept.append(order[count:number])
+    return Split(train=torch.cat(kept).sort().values, validation=torch.cat(held).sort().values)
 
 
 def select_classes(image_set: ImageSet, indices: Tensor, classes: tuple[str, ...]) -> ImageSet:

@@ -21,13 +21,19 @@ from refilled.keyed import derive_seed, keyed_integers, keyed_permutation, keyed
 class Views:
     """Draws views by (seed, epoch, image) and renders them in batches on the images' device.
 
+    Args:
+        config: The augmentation.
+        scale: Side of the images over that of the images for which the augmentation is meant: shifts are as much
+            larger, rounded to pixels, so that a view shows the same part of an image at either size.
+
     Attributes:
         view_ids: Int64 [V], the views in use, the plain image first.
         plain: The view that is the image itself.
     """
 
-    def __init__(self, config: ViewConfig) -> None:
+    def __init__(self, config: ViewConfig, scale: float = 1.0) -> None:
         self._config = config
+        self._scale = scale
         self._crops = 2 * config.padding + 1
         self.plain = config.padding * self._crops + config.padding if config.kind == "shifts" else 0
         shuffled = keyed_permutation(config.most, derive_seed(0, "list of views"))
@@ -72,6 +78,11 @@ class Views:
         dy = view_ids // self._crops % self._crops
         mirrored = view_ids >= self._crops**2
         padding = self._config.padding
+        if self._scale != 1:
+            offsets = torch.arange(self._crops, dtype=torch.float64, device=images.device)
+            moved = ((offsets - padding) * self._scale).round().long()
+            padding = int(moved.max())
+            dy, dx = moved[dy] + padding, moved[dx] + padding
         padded = F.pad(images.permute(0, 2, 3, 1).contiguous(), [0, 0, padding, padding, padding, padding])
         # Every crop of every image without a copy, [B, crops, crops, C, H, W]; picking one a picture copies whole rows
         # and takes half the time of indexing pixels. The memory stays channels-last.

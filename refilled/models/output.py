@@ -39,6 +39,8 @@ class Model(nn.Module):
         self.embedding_dim = embedding_dim
         self.num_classes = num_classes
         self.feature_channels = feature_channels
+        self.has_scores = True
+        """Whether the head was trained: that of a network which was brought without one says nothing."""
 
     def forward(self, images: Tensor, dropout_keys: Tensor | None = None) -> Output:
         """Embed and classify images.
@@ -81,9 +83,11 @@ class Family:
     is_valid: Callable[..., bool]
     """Whether the sizes of a name make a model."""
     build: Callable[..., Model]
-    """The sizes of a name, then by keyword `num_classes`, `in_channels`, `dropout`."""
+    """The sizes of a name, then by keyword `num_classes`, `in_channels`, `dropout`, and `image_size` if it knows it."""
     min_image_size: int
     """Height and width below which nothing is left to pool."""
+    knows_image_size: bool = False
+    """Whether the network depends on the size of its images."""
     parse_sizes: Callable[[tuple[str, ...]], tuple[int | float, ...]] = _integers
     """The sizes from the texts of the pattern's groups; integers unless a family says otherwise."""
 

@@ -17,6 +17,8 @@ def model_state(
     model: Model,
     *,
     architecture: str,
+    embedding: str | None,
+    features: Sequence[str] | None,
     sources: Sources,
     classes: Sequence[str],
     image_shape: Sequence[int],
@@ -29,6 +31,8 @@ def model_state(
     Args:
         model: The network.
         architecture: Its name.
+        embedding: The module whose output is its embedding, where the run names one.
+        features: The modules whose outputs are its maps, likewise.
         sources: Holds the file that the name names, if it is the user's.
         classes: A label is the position in this list.
         image_shape: (channels, height, width).
@@ -38,6 +42,8 @@ def model_state(
     """
     return {
         "architecture": architecture,
+        "embedding": embedding,
+        "features": None if features is None else list(features),
         "sources": sources.to_dict(),
         "classes": list(classes),
         "image_shape": list(image_shape),
@@ -64,6 +70,8 @@ def load_model(path: Path) -> Model:
             image_size=height,
             dropout=state["dropout"],
             seed=0,
+            embedding=state.get("embedding"),  # files of 0.1.0 have neither
+            features=state.get("features"),
             sources=Sources.from_dict(state["sources"]),
         )
         model.load_state_dict(state["weights"])

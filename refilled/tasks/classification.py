@@ -3,30 +3,120 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from refilled.config import RunConfig
 from refilled.data.images import ImageSet
-from refilled.data.label_space import LabelSpaces, hold_out, label_spaces, order_classes, select_classes
+from refilled.data.label_space import (
+    LabelSpaces,
+    empty_classes,
+    hold_out,
+    label_spaces,
+    listed_classes,
+    order_classes,
+    select_classes,
+)
 from refilled.data.sources import load_test, load_train
+from refilled.errors import UserError
+from refilled.models.foreign import input_config
 from refilled.storage import Storage
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """Per-channel mean and standard deviation of the pixels in [0, 1], both float64 [C]."""
+    """What a network sees of pixels: how large, and scaled by which mean and standard deviation.
+
+    Attributes:
+        mean: Of each channel, pixels in [0, 1], float64 [C].
+        std: Likewise, the standard deviation.
+        size: Height and width to which images are resized first (bicubic, with antialiasing); none: as they are.
+    """
 
     mean: Tensor
     std: Tensor
+    size: int | None = None
 
     def apply(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """Scale uint8 [B, C, H, W] to zero mean and unit variance a channel, in the memory format it has."""
+        """Scale uint8 [B, C, H, W] to zero mean and unit variance a channel, in the memory format it has.
+
+        Grey images become as many equal channels as the mean has.
+        """
+        if self.size is not None and tuple(images.shape[2:]) != (self.size, self.size):
+            images = F.interpolate(
+                images.to(dtype), (self.size, self.size), mode="bicubic", align_corners=False, antialias=True
+            ).clamp_(0, 255)
+        if images.shape[1] == 1 < len(self.mean):
+            images = images.expand(-1, len(self.mean), -1, -1)
         mean = (self.mean * 255).to(images.device, dtype)[:, None, None]
         scale = (1 / (self.std * 255)).to(images.device, dtype)[:, None, None]
         return images.to(dtype, copy=True).sub_(mean).mul_(scale)  # in place: half the memory traffic
+
+
+@dataclass(frozen=True)
+class TeacherInput:
+    """The input of a teacher that has one of its own; none: what the student's is.
+
+    Attributes:
+        size: Height and width in pixels.
+        mean: Of each channel, pixels in [0, 1].
+        std: Likewise, the standard deviation.
+    """
+
+    size: int | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+
+def _teacher_input(config: RunConfig, storage: Storage) -> TeacherInput | None:
+    """What the teacher sees, where that is not simply what the student does.
+
+    Of a brought teacher it is what the run says, else what its library says; of one that is pre-trained on other data
+    the size and statistics of these.
+    """
+    if config.teacher_data not in (None, config.data):
+        assert config.teacher_data is not None
+        own, normalization = _load_all(config.teacher_data, config.image_size, storage)
+        channels = _load_all(config.data, config.image_size, storage)[0].images.shape[1]
+        if own.images.shape[1] < channels:
+            raise UserError(
+                f"teacher_data must have images with {channels} channels, as many as data has, got "
+                f"{own.images.shape[1]}."
+            )
+        return TeacherInput(own.images.shape[2], tuple(normalization.mean.tolist()), tuple(normalization.std.tolist()))
+    if config.teacher_weights is None:
+        return None
+    said = input_config(config.teacher)
+    size = config.teacher_image_size or (said.size if said else None)
+    if config.teacher_mean is not None:
+        return TeacherInput(size, config.teacher_mean, config.teacher_std)
+    return TeacherInput(size, said.mean if said else None, said.std if said else None)
+
+
+@dataclass(frozen=True)
+class TeacherImages:
+    """The student's images as a teacher sees them that has an input of its own.
+
+    Attributes:
+        train: The training images, in the student's order, decoded at the teacher's size where more can be decoded.
+        normalization: The teacher's.
+    """
+
+    train: ImageSet
+    normalization: Normalization
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of what the network gets."""
+        channels, height, width = self.train.images.shape[1:]
+        size = self.normalization.size
+        return max(channels, len(self.normalization.mean)), size or height, size or width
 
 
 @dataclass(frozen=True)
@@ -39,6 +129,7 @@ class Task:
         validation: Held-out images of the same classes; none where the configuration holds nothing out.
         normalization: Mean and deviation over the training images of all classes, the same for teachers and students.
         data_digest: The digest of all training images of all classes, before any selection.
+        for_teacher: The training images as the teacher sees them; none: as the student does.
     """
 
     spaces: LabelSpaces
@@ -46,6 +137,12 @@ class Task:
     validation: ImageSet | None
     normalization: Normalization
     data_digest: str
+    for_teacher: TeacherImages | None = None
+
+    @property
+    def as_teacher_sees(self) -> TeacherImages:
+        """The training images as the teacher sees them."""
+        return self.for_teacher or TeacherImages(self.train, self.normalization)
 
 
 def load_task(config: RunConfig, storage: Storage) -> Task:
@@ -54,19 +151,66 @@ def load_task(config: RunConfig, storage: Storage) -> Task:
     Within a process the last few tasks are kept, since the trials of a cell share theirs.
     """
     spaces = spaces_of(config, storage)
-    return _load_task(config.data, config.image_size, spaces, config.val_fraction, config.split_seed, storage)
+    return _load_task(
+        config.data,
+        config.image_size,
+        spaces,
+        config.val_fraction,
+        config.split_seed,
+        storage,
+        images_per_class=config.images_per_class,
+        teacher_input=_teacher_input(config, storage),
+    )
 
 
 def spaces_of(config: RunConfig, storage: Storage) -> LabelSpaces:
-    """The explicit class lists of a configuration."""
+    """The explicit class lists of a configuration: the sliding windows, or those that are given.
+
+    Classes that the data declares and has no training image of are left out, with a line that says so.
+    """
     image_set, _ = _load_all(config.data, config.image_size, storage)
-    ordered = order_classes(config.class_order, image_set.class_names)
-    return label_spaces(
-        ordered,
-        overlap=config.overlap,
-        num_teacher=config.num_teacher_classes,
-        num_student=config.num_student_classes,
-    )
+    ordered = _filled(config.class_order, image_set)
+    if not config.is_explicit:
+        return label_spaces(
+            ordered,
+            overlap=config.overlap,
+            num_teacher=config.num_teacher_classes,
+            num_student=config.num_student_classes,
+        )
+    student = _listed(config, "student_classes", image_set) or ordered
+    if config.teacher_weights is not None:
+        return LabelSpaces(teacher=_listed(config, "teacher_classes", None) or (), student=student)
+    if config.teacher_data in (None, config.data):
+        return LabelSpaces(teacher=_listed(config, "teacher_classes", image_set) or ordered, student=student)
+    assert config.teacher_data is not None
+    of_teacher, _ = _load_all(config.teacher_data, config.image_size, storage)
+    teacher = _listed(config, "teacher_classes", of_teacher) or _filled("alphabetical", of_teacher)
+    return LabelSpaces(teacher=teacher, student=student, teacher_digest=of_teacher.digest)
+
+
+def _listed(config: RunConfig, field_name: str, image_set: ImageSet | None) -> tuple[str, ...] | None:
+    """The classes that a file names, whose text the run carries; none where there is no file."""
+    path = getattr(config, field_name)
+    if path is None:
+        return None
+    text = config.sources.text_of(path)
+    if text is None:
+        raise UserError(f"{field_name} {path!r} must come with its text in `sources`, which lacks it.")
+    return listed_classes(text, field_name, path, image_set)
+
+
+def _filled(order: str, image_set: ImageSet) -> tuple[str, ...]:
+    """The classes with training images in their order."""
+    empty = empty_classes(image_set)
+    if empty:
+        _say_empty(len(image_set.class_names), empty)
+    return tuple(name for name in order_classes(order, image_set.class_names) if name not in empty)
+
+
+@functools.lru_cache(maxsize=8)  # once a process, not once a run
+def _say_empty(num_declared: int, empty: tuple[str, ...]) -> None:
+    some = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+    _log.warning("%d of %d classes have no training image and are left out: %s", len(empty), num_declared, some)
 
 
 def load_test_images(config: RunConfig, storage: Storage, classes: tuple[str, ...]) -> ImageSet:
@@ -83,18 +227,60 @@ def _load_all(source: str, image_size: int | None, storage: Storage) -> tuple[Im
 
 @functools.lru_cache(maxsize=8)
 def _load_task(
-    source: str, image_size: int | None, spaces: LabelSpaces, val_fraction: float, split_seed: int, storage: Storage
+    source: str,
+    image_size: int | None,
+    spaces: LabelSpaces,
+    val_fraction: float,
+    split_seed: int,
+    storage: Storage,
+    *,
+    images_per_class: int | None,
+    teacher_input: TeacherInput | None,
 ) -> Task:
     image_set, normalization = _load_all(source, image_size, storage)
-    split = hold_out(image_set, fraction=val_fraction, seed=split_seed)
+    _require_images(image_set, spaces.student, images_per_class)
+    split = hold_out(image_set, fraction=val_fraction, seed=split_seed, images_per_class=images_per_class)
     validation = select_classes(image_set, split.validation, spaces.student) if len(split.validation) else None
+    train = select_classes(image_set, split.train, spaces.student)
+    for_teacher = None
+    if teacher_input is not None:
+        side = train.images.shape[2]
+        # What was resized when it was decoded has more to be decoded at another size; what was not is interpolated.
+        is_decoded = image_size is not None and teacher_input.size not in (None, image_size)
+        seen = train
+        if is_decoded:
+            larger, _ = _load_all(source, teacher_input.size, storage)
+            seen = select_classes(larger, split.train, spaces.student)
+        as_seen = _teacher_normalization(teacher_input, normalization, None if is_decoded else side)
+        for_teacher = TeacherImages(seen, as_seen)
     return Task(
         spaces=spaces,
-        train=select_classes(image_set, split.train, spaces.student),
+        train=train,
         validation=validation,
         normalization=normalization,
         data_digest=image_set.digest,
+        for_teacher=for_teacher,
     )
+
+
+def _teacher_normalization(wanted: TeacherInput, of_data: Normalization, side: int | None) -> Normalization:
+    """The teacher's; `side` is that of its images before they are resized, none where they have its size already."""
+    mean = of_data.mean if wanted.mean is None else torch.tensor(wanted.mean, dtype=torch.float64)
+    std = of_data.std if wanted.std is None else torch.tensor(wanted.std, dtype=torch.float64)
+    if len(mean) not in (1, len(of_data.mean)) and len(of_data.mean) != 1:
+        raise UserError(f"teacher_mean must have {len(of_data.mean)} numbers for these images, got {len(mean)}.")
+    return Normalization(mean, std, None if side is None or wanted.size == side else wanted.size)
+
+
+def _require_images(image_set: ImageSet, classes: tuple[str, ...], images_per_class: int | None) -> None:
+    counts = torch.bincount(image_set.labels, minlength=len(image_set.class_names))
+    of_classes = {name: int(counts[label]) for label, name in enumerate(image_set.class_names) if name in classes}
+    least = min(of_classes, key=of_classes.__getitem__, default=None)
+    if least is not None and images_per_class is not None and images_per_class > of_classes[least]:
+        raise UserError(
+            f"images_per_class must be at most {of_classes[least]}, as many as class {least!r} has, got "
+            f"{images_per_class}."
+        )
 
 
 def _measure(images: Tensor) -> Normalization:

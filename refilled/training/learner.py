@@ -14,7 +14,9 @@ from refilled.config import RunConfig, TermConfig
 from refilled.data.views import Views
 from refilled.keyed import derive_seed
 from refilled.metrics import EpochMetrics
-from refilled.models import Model, Output, build_model, initialise, parameters_of_embedding
+from refilled.models import Model, Output, initialise, parameters_of_embedding
+from refilled.models.exact import require_exact
+from refilled.networks import build_network, image_shape
 from refilled.stages import Stage, term_config
 from refilled.storage.model_file import model_state
 from refilled.tasks.classification import Task
@@ -29,8 +31,8 @@ class LoadedTeacher(Teacher, Protocol):
     def embed(self, images: Tensor, image_ids: Tensor, view_ids: Tensor) -> Tensor:
         """Embeddings [b, D] of views of training images, from a cache or live."""
 
-    def output(self, images: Tensor) -> TeacherOutput:
-        """Embedding and maps of normalised images [b, channels, height, width], live."""
+    def output(self, images: Tensor, image_ids: Tensor, view_ids: Tensor) -> TeacherOutput:
+        """Embedding and maps of the same, live."""
 
 
 @dataclass
@@ -71,17 +73,16 @@ class Learner:
 
 def make_learner(config: RunConfig, task: Task, teacher: LoadedTeacher | None, compute: Compute) -> Learner:
     """A new student on its device, and what its steps need; no stage has begun."""
-    channels, height, _ = task.train.images.shape[1:]
-    student = build_model(
-        config.student,
+    student = build_network(
+        config,
+        "student",
+        task,
         num_classes=len(task.spaces.student),
-        in_channels=channels,
-        image_size=height,
-        dropout=config.optimizer.dropout,
         seed=derive_seed(config.seed, "weights"),
-        sources=config.sources,
+        dropout=config.optimizer.dropout,
     )
     if distributed.world_size() > 1:
+        require_exact(student, config.student, image_shape("student", task), distributed.world_size())
         batch_norm.convert_batch_norm(student)
     student = compute.place_model(student)
     return Learner(
@@ -156,6 +157,8 @@ def state_of_student(config: RunConfig, task: Task, student: Model) -> dict[str,
     return model_state(
         student,
         architecture=config.student,
+        embedding=config.student_embedding,
+        features=config.student_features,
         sources=config.sources,
         classes=task.spaces.student,
         image_shape=task.train.images.shape[1:],

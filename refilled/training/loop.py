@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from refilled import distributed
+from refilled.brought import start_from_weights
 from refilled.config import RunConfig
 from refilled.data.batches import epoch_batches, num_batches
 from refilled.keyed import derive_seed
@@ -71,6 +72,8 @@ def run(
 
     learner = make_learner(config, task, teacher, compute)
     state = folder.load_checkpoint()
+    if config.student_weights is not None and state is None:
+        start_from_weights(learner.student, config, folder.storage)
     rows: list[EpochMetrics] = []
     if state is not None:
         rows = [EpochMetrics.from_dict(each) for each in state["rows"]]

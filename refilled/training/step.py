@@ -59,7 +59,7 @@ def _local(learner: Learner, stage: Stage, batch: Batch, epoch: int) -> Local:
         if stage.is_cacheable:
             teacher = TeacherOutput(learner.teacher.embed(images, share, view_ids), ())
         else:
-            teacher = learner.teacher.output(images)
+            teacher = learner.teacher.output(images, share, view_ids)
     if any("features" in term.needs.student for term in stage.terms):
         output = output._replace(features=tuple(wide(each) for each in output.features))
     start = sum(batch.counts[: distributed.rank()])

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from refilled.methods import SHORT_VANILLA
 from refilled.presets import smoke
-from tune.plan import Cell, Plan, make_plan
+from tune.cells import Cell
+from tune.plan import Plan, make_plan
 from tune.prepare import shared_caches
 from tune.studies.space import edges
 from tune.summary import MethodResult, Refits, paired, remarks, rows, settings, table
@@ -32,6 +33,7 @@ TESTED = {
 SHORT_TESTED = (0.40, 0.44)
 T = 12.7062  # of 95 % at one degree of freedom: two values have the half width T x half their distance
 KEYS = {
+    "images_per_class",
     *("overlap", "teacher", "student", "method", "terms", "teacher_classes", "student_classes", "data_digest"),
     *("config", "trial", "trials", "val_accuracy", "seeds"),
     *("test_accuracy", "test_accuracy_mean", "test_accuracy_ci95"),

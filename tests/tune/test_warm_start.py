@@ -3,7 +3,17 @@ from dataclasses import dataclass
 import optuna
 import pytest
 
+from refilled.networks import NetworkSize
 from tune.studies.warm_start import source_cells, warm_start_report
+
+SIZES = {  # parameters and multiply-adds
+    "wrn-40-2": (2_255_156, 327_600_000),
+    "wrn-16-2": (703_284, 101_100_000),
+    "wrn-40-1": (569_780, 83_300_000),
+    "wrn-16-1": (180_916, 26_700_000),
+    "mobilenet-0.5": (869_892, 12_200_000),
+    "mobilenet-0.25": (238_772, 3_400_000),
+}
 
 
 @dataclass(frozen=True)
@@ -12,10 +22,19 @@ class Place:
     teacher: str = "wrn-40-2"
     student: str = "wrn-16-1"
     method: str = "refilled"
+    images_per_class: int | None = None
 
     @property
     def name(self):
-        return f"{self.overlap} {self.teacher} {self.student} {self.method}"
+        return f"{self.overlap} {self.teacher} {self.student} {self.images_per_class} {self.method}"
+
+    @property
+    def teacher_size(self):
+        return NetworkSize(*SIZES[self.teacher], 1) if self.teacher in SIZES else None
+
+    @property
+    def student_size(self):
+        return NetworkSize(*SIZES[self.student], 1)
 
 
 def test_the_nearest_overlap_and_the_nearest_architectures_give():
@@ -23,29 +42,39 @@ def test_the_nearest_overlap_and_the_nearest_architectures_give():
         Place(0.0),
         Place(0.2),
         Place(0.4, student="wrn-40-2"),
+        Place(0.4, student="mobilenet-0.25"),
         Place(0.4, student="wrn-16-2"),
-        Place(0.4, student="convnet-16"),
         Place(0.4, method="student"),
         Place(0.2, student="wrn-16-2"),
     ]
-    assert source_cells(Place(0.4), earlier) == (Place(0.2).name, Place(0.4, student="wrn-16-2").name)
+    assert source_cells(Place(0.4), earlier) == (Place(0.2).name, Place(0.4, student="mobilenet-0.25").name)
     assert source_cells(Place(0.4), earlier[:1]) == (Place(0.0).name,)
     assert source_cells(Place(0.0), []) == ()
     assert source_cells(Place(0.6, method="student"), earlier) == (Place(0.4, method="student").name,)
 
 
 def test_teachers_count_as_much_as_students():
-    far, near = Place(1.0, teacher="wrn-16-1"), Place(1.0, teacher="wrn-40-1")
+    far, near = Place(1.0, teacher="wrn-16-1"), Place(1.0, teacher="wrn-16-2")
     assert source_cells(Place(1.0), [far, near]) == (near.name,)
 
 
-def test_the_digits_of_a_users_path_say_nothing_of_the_size_of_a_network():
-    zero, one, two = (f"try-{number}/own.py:Net" for number in range(3))
-    far, near = Place(1.0, teacher=zero, student="wrn-40-2"), Place(1.0, teacher=zero)
-    assert source_cells(Place(1.0, teacher=one), [far, near]) == (near.name,)
-    assert source_cells(Place(1.0, student=two), [Place(1.0, student=one), Place(1.0, student=zero)]) == (
-        Place(1.0, student=one).name,  # equally far, so the first
-    )
+def test_names_with_a_dot_have_a_distance_too():
+    near, far = Place(1.0, student="mobilenet-0.5"), Place(1.0, student="wrn-40-2")
+    assert source_cells(Place(1.0, student="mobilenet-0.25"), [far, near]) == (near.name,)
+
+
+def test_without_a_teacher_students_alone_count():
+    far, near = Place(1.0, teacher="none", student="wrn-40-2"), Place(1.0, teacher="none", student="wrn-16-2")
+    assert source_cells(Place(1.0, teacher="none"), [far, near]) == (near.name,)
+
+
+def test_the_nearest_number_of_images_gives_too():
+    ten, fifty, everything = (Place(0.4, images_per_class=number) for number in (10, 50, None))
+    elsewhere = Place(0.2, images_per_class=25)
+    asked = Place(0.4, images_per_class=25)
+    assert source_cells(asked, [everything, ten, fifty]) == (fifty.name,)
+    assert source_cells(asked, [everything, elsewhere]) == (elsewhere.name, everything.name)
+    assert source_cells(everything, [ten, fifty]) == (fifty.name,)
 
 
 def study_with(*trials):

@@ -76,7 +76,8 @@ def measure(plan: Plan, calls: Calls, resources: Resources, say: Callable[[str],
         time_together(next((part for part in unknown if part.kind == "epoch"), unknown[0]), 0.0)
         start_s, began_s = time.monotonic() - began_s, time.monotonic()
         work = {part: work_of(part, load_task(part.run, plan.storage)) for part in calls}
-        unknown.sort(key=lambda part: (("epoch", "step", "image").index(part.kind), -calls[part] * work[part]))
+        order = ("epoch", "step", "image", "teacher")
+        unknown.sort(key=lambda part: (order.index(part.kind), -calls[part] * work[part]))
         overhead_s = 0.0
         for number, part in enumerate(unknown):
             seconds_of = _with_estimates(work, timed)

@@ -16,8 +16,9 @@ from refilled.shared_caches import cache_name, pays, shared_caches
 from refilled.stages import Stage, needs_teacher, num_epochs_of, stages_of
 from refilled.tasks.classification import load_task
 from refilled.teacher import pretraining_run, teacher_folder
-from refilled.timing import Part, embedding_dim_of, epoch_part, image_part, step_part
-from tune.plan import Cell, Plan
+from refilled.timing import Part, embedding_dim_of, epoch_part, image_part, step_part, teacher_part
+from tune.cells import Cell
+from tune.plan import Plan
 
 TEST_SHARE = 0.2  # a test part's size over its training part's, as in CIFAR-100: no forecast looks at it
 Calls = Mapping[Part, float]
@@ -61,6 +62,8 @@ class Workload:
         works: dict[str, Work] = {}
         for cell in self._asking(on_all):
             run = _on_all(cell.run) if on_all else cell.run
+            if run.teacher_weights is not None:
+                continue
             folder, pretraining = teacher_folder(run, self._plan.storage), pretraining_run(run)
             if folder.result() is None:
                 left = max(0, num_epochs_of(pretraining) - len(folder.rows()))
@@ -88,11 +91,11 @@ class Workload:
 
     def shared(self, on_all: bool) -> list[Work]:
         """The teacher's passes over the images for prototypes and caches, made once for all runs of an overlap."""
-        found: dict[tuple[str, float], Work] = {}
+        found: dict[tuple[str, float, int | None], Work] = {}
         for cell in self._asking(on_all):
             run = _on_all(cell.run) if on_all else cell.run
             has_cache = self._has_cache(run)
-            key, passes = (cell.teacher, cell.overlap), 1 + has_cache * len(Views(run.views).view_ids)
+            key, passes = (cell.teacher, cell.overlap, cell.images_per_class), 1 + has_cache * _num_views(run)
             work = Work(0, total([(passes, self._teacher_pass(run))]))
             if key not in found or has_cache:
                 found[key] = work
@@ -121,7 +124,8 @@ class Workload:
 
     def _teacher_pass(self, run: RunConfig) -> Calls:
         """The teacher's forward passes over all images."""
-        return {image_part(self._share(pretraining_run(run))): self._images(run)[0] / self._num_workers}
+        part = teacher_part(run) if run.teacher_weights is not None else image_part(self._share(pretraining_run(run)))
+        return {part: self._images(run)[0] / self._num_workers}
 
     def _share(self, run: RunConfig) -> RunConfig:
         """The run with one worker's share of its batches, as if it were the whole."""
@@ -130,7 +134,7 @@ class Workload:
     def _images(self, run: RunConfig) -> tuple[int, int, int]:
         """Images to train on, held out, and in the class means of stage embedding's validation."""
         split = dataclasses.replace(run, val_fraction=self._plan.search.run.val_fraction)
-        key = (run.overlap, run.num_student_classes)
+        key = (run.overlap, run.num_student_classes, run.images_per_class)
         if key not in self._sizes:
             task = load_task(split, self._plan.storage)
             means_of = int(task.train.labels.bincount().clamp(max=run.ncm_images_per_class).sum())
@@ -154,6 +158,10 @@ class Workload:
     def _fits(self, run: RunConfig) -> bool:
         task = load_task(run, self._plan.storage)
         return layout_of(run, task, embedding_dim_of(run, task)).num_bytes <= run.embedding_cache.max_bytes
+
+
+def _num_views(run: RunConfig) -> int:
+    return len(Views(run.views).view_ids)
 
 
 def _on_all(run: RunConfig) -> RunConfig:

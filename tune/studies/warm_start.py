@@ -1,16 +1,15 @@
-"""Warm start: a study first tries the winners of its nearest source cells, over overlap x teacher x student."""
+"""Warm start: a study first tries the winners of its nearest source cells, over overlap x networks x images."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from optuna.trial import FrozenTrial, TrialState
 
-from refilled.methods import is_users
+from refilled.networks import NetworkSize
 
 
 class Place(Protocol):
@@ -36,47 +35,69 @@ class Place(Protocol):
     def student(self) -> str:
         """The student's architecture."""
 
+    @property
+    def images_per_class(self) -> int | None:
+        """The student's training images of each class; none: all."""
+
+    @property
+    def teacher_size(self) -> NetworkSize | None:
+        """The teacher's size; none where there is none."""
+
+    @property
+    def student_size(self) -> NetworkSize | None:
+        """The student's."""
+
 
 def source_cells(cell: Place, earlier: Sequence[Place]) -> tuple[str, ...]:
-    """Names of the source cells of a cell: at most two, the nearest along each axis.
+    """Names of the source cells of a cell: at most three, the nearest along each axis.
 
     Args:
         cell: The cell that starts warm.
         earlier: The cells before it. Only these are candidates, so that no two cells wait for each other.
 
     Returns:
-        The nearest overlap with the same architectures, then the nearest architectures at the same overlap.
+        The nearest overlap, then the nearest architectures, then the nearest number of images a class; what is not
+        said to be near is the same.
     """
     same_method = [each for each in earlier if each.method == cell.method]
-    networks = (cell.teacher, cell.student)
-    along_overlap = [each for each in same_method if (each.teacher, each.student) == networks]
-    along_networks = [each for each in same_method if each.overlap == cell.overlap]
     found = []
-    if along_overlap:
-        found.append(min(along_overlap, key=lambda each: abs(each.overlap - cell.overlap)))
-    if along_networks:
-        found.append(min(along_networks, key=lambda each: _distance(each, cell)))
+    for axis, distance in (("overlap", _by_overlap), ("networks", _by_networks), ("images_per_class", _by_images)):
+        others = {name for name in _AXES if name != axis}
+        along = [each for each in same_method if all(_AXES[name](each) == _AXES[name](cell) for name in others)]
+        if along:
+            found.append(min(along, key=lambda each: distance(each, cell)))
     return tuple(each.name for each in found)
 
 
-def _distance(one: Place, other: Place) -> float:
-    """How far two pairs of architectures are: in factors of depth and width, summed in the logarithm."""
-    return _between(one.teacher, other.teacher) + _between(one.student, other.student)
+_AXES: Mapping[str, Callable[[Place], object]] = {
+    "overlap": lambda place: place.overlap,
+    "networks": lambda place: (place.teacher, place.student),
+    "images_per_class": lambda place: place.images_per_class,
+}
 
 
-def _between(one: str, other: str) -> float:
-    """`wrn-40-2` and `wrn-16-2` differ by log(40 / 16); another family is farther than any depth or width.
+def _by_overlap(one: Place, other: Place) -> float:
+    return abs(one.overlap - other.overlap)
 
-    So is a network of the user's own: the digits of its path say nothing of its size.
-    """
-    if one == other:
+
+def _by_networks(one: Place, other: Place) -> float:
+    """How far two pairs of architectures are: in factors of parameters and multiply-adds, summed in the logarithm."""
+    return _between(one.teacher_size, other.teacher_size) + _between(one.student_size, other.student_size)
+
+
+def _between(one: NetworkSize | None, other: NetworkSize | None) -> float:
+    if one is None or other is None:
         return 0.0
-    if is_users(one) or is_users(other):
-        return 100.0
-    sizes, other_sizes = re.findall(r"\d+", one), re.findall(r"\d+", other)
-    if one.partition("-")[0] != other.partition("-")[0] or len(sizes) != len(other_sizes):
-        return 100.0
-    return sum(abs(math.log(int(a) / int(b))) for a, b in zip(sizes, other_sizes, strict=True))
+    pairs = ((one.num_parameters, other.num_parameters), (one.multiply_adds, other.multiply_adds))
+    return sum(abs(math.log(max(1, a) / max(1, b))) for a, b in pairs)
+
+
+def _by_images(one: Place, other: Place) -> float:
+    """In factors; all images are farther than any number of them, and nearest to the largest."""
+    if one.images_per_class is None or other.images_per_class is None:
+        number = one.images_per_class or other.images_per_class
+        return 0.0 if number is None else 1e3 - math.log(number)
+    return abs(math.log(one.images_per_class / other.images_per_class))
 
 
 @dataclass(frozen=True)
