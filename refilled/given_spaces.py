@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 
 from refilled.brought import describe_teacher
-from refilled.config import SearchConfig
+from refilled.config import RunConfig, SearchConfig
 from refilled.errors import UserError
 from refilled.presets import PRESETS
 from refilled.stages import with_own_code
 from refilled.storage import Storage
-from refilled.tasks.classification import load_task, spaces_of
+from refilled.tasks.classification import Task, spaces_of
 
 
 def measured(search: SearchConfig, storage: Storage) -> SearchConfig:
@@ -39,12 +39,10 @@ def measured(search: SearchConfig, storage: Storage) -> SearchConfig:
     return dataclasses.replace(search, overlaps=(overlap,))
 
 
-def remarks(search: SearchConfig, storage: Storage) -> list[str]:
+def remarks(run: RunConfig, task: Task) -> list[str]:
     """What is taken for granted of a teacher that is brought or of label spaces that are given, for people."""
-    run = with_own_code(dataclasses.replace(search.run, teacher=search.teachers[0], student=search.students[0]))
     if not run.is_explicit:
         return []
-    task = load_task(run, storage)
     spaces = task.spaces
     lines = [describe_teacher(run, task)] if run.teacher_weights is not None else []
     if spaces.teacher:

@@ -52,7 +52,7 @@ CHOICES = [each for each in FIELDS if typing.get_origin(each[2]) is Literal]
 BOUNDED = [each for each in FIELDS if bounds_of(each[2])]
 # Where another field also has a say, so that a wider type alone does not let a value in.
 TOGETHER = {("OptimizerConfig", "momentum"), ("RunConfig", "epochs")} | {
-    (kind, name) for kind in ("NetworksConfig", "RunConfig") for name in ("teacher_image_size", "teacher_std")
+    (kind, name) for kind in ("NetworksConfig", "RunConfig") for name in ("teacher_image_size",)
 }
 
 

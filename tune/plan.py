@@ -14,7 +14,7 @@ from refilled.config import RunConfig, SearchConfig, content_hash
 from refilled.data.label_space import NAMED_ORDERS
 from refilled.data.sources import validate_source
 from refilled.errors import UserError
-from refilled.given_spaces import measured
+from refilled.given_spaces import measured, remarks
 from refilled.identity import run_key
 from refilled.methods import NO_TEACHER, has_embedding_stage, name_of
 from refilled.models import validate_model_name
@@ -35,7 +35,7 @@ from refilled.storage.run_folder import RunFolder
 from refilled.tasks.classification import load_task, verify_test_images
 from refilled.teacher import pretraining_run
 from refilled.user_code import blaming
-from tune.cells import Cell, Place
+from tune.studies.cells import Cell, Place
 from tune.studies.space import default_point
 from tune.studies.study_store import StudyPlan
 from tune.studies.warm_start import source_cells
@@ -69,6 +69,12 @@ class Plan:
         search = self.search
         grid = itertools.product(search.overlaps, search.teachers, search.students, _numbers_of_images(search))
         return tuple(Place(*each) for each in grid)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is taken for granted of a teacher that is brought or of label spaces that are given, for people."""
+        first = next((cell for cell in self.cells if cell.teacher != NO_TEACHER), self.cells[0])
+        return remarks(first.run, load_task(first.run, self.storage))
 
     def at(self, place: Place) -> dict[str, Cell]:
         """What is compared in a cell of the grid, by method."""

@@ -12,11 +12,11 @@ from refilled.config import RunConfig
 from refilled.methods import VANILLA, has_embedding_stage
 from tune.backend.cluster import Resources
 from tune.backend.jobs import JobSpec, run_jobs
-from tune.cells import Cell
 from tune.plan import Plan
 from tune.prepare import ON_ALL, prepare
 from tune.progress import Progress
 from tune.studies.cell_study import DONE
+from tune.studies.cells import Cell
 from tune.studies.searcher import overrides_of
 from tune.studies.space import edges
 from tune.studies.study_store import ranked

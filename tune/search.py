@@ -55,6 +55,8 @@ def _main(search: SearchConfig) -> int:
     began_s = time.monotonic()
     plan = make_plan(search)
     _require_lasting_studies(plan)
+    for line in plan.remarks:
+        _console().print(line, highlight=False)
     # What the user named is tried before anything of our own is created.
     tracking_uri = resolve_tracking_uri(search.tracking_uri, plan.storage)
     named = open_storage(search.study_storage) if search.study_storage else None

@@ -13,8 +13,8 @@ from refilled.config import RunConfig, ScheduleConfig
 from refilled.methods import SHORT_VANILLA, VANILLA, composition
 from refilled.stages import place_of, stages_of, term_config
 from refilled.statistics import mean_and_ci95
-from tune.cells import Cell, Place
 from tune.plan import Plan
+from tune.studies.cells import Cell, Place
 from tune.studies.space import Edge, searched_of
 
 _SYMBOLS = {"temperature": "τ", "distill_weight": "λ", "max_negatives": "K̂"}

@@ -32,8 +32,8 @@ from tune.cli import run_command, term_configs
 if TYPE_CHECKING:
     from refilled.storage.run_folder import RunFolder
     from tune.backend.worker import Job
-    from tune.cells import Cell
     from tune.plan import Plan
+    from tune.studies.cells import Cell
 
 HELP = "Train one student with one method on 1..N workers, and log it to MLflow."
 POLL_S = 0.5
@@ -125,6 +125,8 @@ def main(config: TrainConfig) -> int:
         plan = make_plan(config.as_search())
         if config.most_workers > 1:
             require_exact_networks(plan.cells, plan.storage, config.most_workers)
+        for line in plan.remarks:
+            Console().print(line, highlight=False)
         uri = resolve_tracking_uri(config.tracking_uri, plan.storage)
         with Tracker(uri, config.experiment, plan.storage) as tracker:
             return _train(config, plan, tracker)

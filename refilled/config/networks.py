@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from refilled.config.base import Config
-from refilled.config.fields import PositiveFloat, Range
+from refilled.config.fields import Range
 
 ImageSize = Annotated[int, Range(4)]
 
@@ -24,7 +24,7 @@ class NetworksConfig(Config):
     teacher_mean: tuple[float, ...] | None = None
     """Mean of each channel, pixels in [0, 1], by which images are normalised for a teacher of your own; none: what
     torchvision or timm say of the architecture, else the data's."""
-    teacher_std: tuple[PositiveFloat, ...] | None = None
+    teacher_std: tuple[float, ...] | None = None
     """Standard deviations, likewise."""
     teacher_data: str | None = None
     """Data set on which the teacher is pre-trained, named like `data`; none: the student's."""
@@ -64,6 +64,7 @@ class NetworksConfig(Config):
             self.require(
                 same and len(self.teacher_mean) in (1, 3), "teacher_mean", "1 or 3 numbers, as many as teacher_std"
             )
+        self.require(min(self.teacher_std or (1.0,)) > 0, "teacher_std", "numbers above 0")
         self.require(
             self.teacher_data is None or self.teacher_weights is None,
             "teacher_data",

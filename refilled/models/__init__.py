@@ -33,6 +33,7 @@ __all__ = [
     "validate_model_name",
 ]
 
+_FOREIGN_CLASSES = 10
 _FAMILIES = (wide_resnet.FAMILY, mobilenet.FAMILY, convnet.FAMILY)
 
 
@@ -144,11 +145,13 @@ def _foreign_or_users(
 ) -> Model:
     """A network that is not of a family, made a `Model` where it is none."""
     if foreign.is_foreign(name):
-        known = {each: arguments[each] for each in ("num_classes", "image_size", "dropout")}
-        network: nn.Module = _in_float64(lambda: foreign.build_foreign(name, **known))
+        # Some libraries draw the embedding's weights after the head's: a head of one size for all, which is replaced.
+        built_for, known = _FOREIGN_CLASSES, {each: arguments[each] for each in ("image_size", "dropout")}
+        network: nn.Module = _in_float64(lambda: foreign.build_foreign(name, num_classes=built_for, **known))
         # Their first layers have three channels; what they were trained on had, and the user's images may be grey.
         greys = [arguments["in_channels"] == 1]
     else:
+        built_for = arguments["num_classes"]
         network = _users(name, sources, arguments)
         if isinstance(network, Model):
             return network
@@ -162,6 +165,7 @@ def _foreign_or_users(
                 network,
                 name=name,
                 num_classes=arguments["num_classes"],
+                built_for=built_for,
                 image_shape=(arguments["in_channels"], size, size),
                 embedding=embedding,
                 features=features,

@@ -41,6 +41,7 @@ class Adapted(Model):
         *,
         name: str,
         num_classes: int,
+        built_for: int,
         image_shape: tuple[int, int, int],
         embedding: str | None = None,
         features: Sequence[str] | None = None,
@@ -51,7 +52,8 @@ class Adapted(Model):
         Args:
             network: Takes float images [B, c, h, w].
             name: Its name, for messages.
-            num_classes: Outputs of a new head, where the network has none or one of another size.
+            num_classes: Outputs of the head, a new one where the network has none or one of another size.
+            built_for: Class scores that the network was asked for.
             image_shape: (channels, height, width) of the images.
             embedding: Name of the module whose output is the embedding; none: the last linear layer's input.
             features: Names of the modules whose outputs are the maps; none: the last module at every resolution.
@@ -62,7 +64,7 @@ class Adapted(Model):
         """
         probe = _Probe(network, name, (3 if repeats_grey else image_shape[0], *image_shape[1:]))
         head_name = probe.head_name()
-        if head_name is None and embedding is None and probe.output.dim() == 2 and probe.is_scores(num_classes):
+        if head_name is None and embedding is None and probe.output.dim() == 2 and probe.is_scores(built_for):
             raise UserError(
                 f"model {name!r} must end in a linear layer, or the module whose output is its embedding must be named."
             )

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from refilled.methods import SHORT_VANILLA
 from refilled.presets import smoke
-from tune.cells import Cell
 from tune.plan import Plan, make_plan
 from tune.prepare import shared_caches
+from tune.studies.cells import Cell
 from tune.studies.space import edges
 from tune.summary import MethodResult, Refits, paired, remarks, rows, settings, table
 

@@ -17,8 +17,8 @@ from tune.forecast.workload import Work, Workload
 from tune.studies.pruning import MIN_TRIALS, REDUCTION, rungs_of
 
 if TYPE_CHECKING:
-    from tune.cells import Cell
     from tune.plan import Plan
+    from tune.studies.cells import Cell
 
 # What the platform itself takes, seen on two quiet cores on 2026-11-23, without the starting of workers: from the
 # command's first line to the first job (imports, Ray, stores), from the last teacher to the first trial (Tune), and

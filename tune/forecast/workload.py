@@ -17,8 +17,8 @@ from refilled.stages import Stage, needs_teacher, num_epochs_of, stages_of
 from refilled.tasks.classification import load_task
 from refilled.teacher import pretraining_run, teacher_folder
 from refilled.timing import Part, embedding_dim_of, epoch_part, image_part, step_part, teacher_part
-from tune.cells import Cell
 from tune.plan import Plan
+from tune.studies.cells import Cell
 
 TEST_SHARE = 0.2  # a test part's size over its training part's, as in CIFAR-100: no forecast looks at it
 Calls = Mapping[Part, float]

@@ -11,9 +11,9 @@ from ray.tune import Callback
 from refilled.config import RunConfig
 from refilled.metrics import END, EpochMetrics, TrialEnd
 from refilled.storage.run_folder import RunFolder
-from tune.cells import Cell
 from tune.plan import Plan
 from tune.progress import CellProgress, Progress
+from tune.studies.cells import Cell
 from tune.studies.searcher import StudySearcher, overrides_of
 from tune.tracking.code_version import code_version
 from tune.tracking.outbox import Ending, Status
