@@ -149,7 +149,8 @@ def convolutional(num_classes):
 
 
 def dropping(num_classes):
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, num_classes))
+    body = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*body, nn.Dropout(0.5), nn.Linear(8, num_classes))
 
 
 class Normalising(nn.Module):
@@ -195,7 +196,7 @@ def test_a_head_of_another_size_or_none_becomes_one_of_the_students_classes(name
     [
         (lambda: users("convolutional"), "must end in a linear layer"),
         (lambda: users("Two"), "must return a tensor of class scores"),
-        (lambda: users("Plain", embedding="nowhere"), "has no module 'nowhere' that runs; it has body, last"),
+        (lambda: users("Plain", embedding="nowhere"), "has no module 'nowhere' that runs; it has body.0, body.1"),
         (lambda: users("Plain", in_channels=2), "must take images of 2 x 64 x 64, but raises"),
         (
             lambda: build("torchvision:resnet"),
@@ -278,7 +279,8 @@ def test_a_package_travels_as_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (package / "blocks.py").write_text("WIDTH = 8\n")
     (package / "nets.py").write_text(
         "from torch import nn\nfrom mynets.blocks import WIDTH\n\n\ndef small(num_classes):\n"
-        "    return nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTH, num_classes))\n"
+        "    body = nn.Conv2d(3, WIDTH, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()\n"
+        "    return nn.Sequential(*body, nn.Linear(WIDTH, num_classes))\n"
     )
     monkeypatch.chdir(tmp_path)
     sources = read_source("mynets.nets:small", "student")
