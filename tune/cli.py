@@ -169,7 +169,7 @@ class _Flags:
             bounds = bounds_of(hints[each.name])
             parameter = Parameter(
                 help=documented.get(each.name, ""),
-                consume_multiple=isinstance(value, tuple),
+                consume_multiple=_is_list(hints[each.name]),
                 negative=None if hints[each.name] in (bool, bool | None) else "",
                 show_default=functools.partial(_default, bounds) if bounds or value is None else None,
                 converter=_whole if _holds_only(hints[each.name], int) else None,
@@ -193,6 +193,11 @@ class _Flags:
             elif value != before:
                 found[f"{prefix}{each.name}"] = value
         return found
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether a type takes several values, be it optional."""
+    return typing.get_origin(hint) is tuple or any(map(_is_list, typing.get_args(hint)))
 
 
 def _holds_only(hint: Any, number: type) -> bool:

@@ -284,3 +284,14 @@ def test_a_file_that_does_not_do_is_named(
     assert part in error
     assert error.count("\n") == 1
     assert not searched
+
+
+def test_lists_take_several_values_also_where_they_are_none_by_default(searched: list[SearchConfig]) -> None:
+    words = (
+        "--teacher-weights x.pt --teacher-mean 0.5 0.4 0.3 --teacher-std 0.2 0.2 0.2 --student-features layer1 layer2"
+    )
+    assert search_module.command([*words.split(), "--images-per-class", "10", "25", "all"]) == 0
+    (search,) = searched
+    assert (search.run.teacher_mean, search.run.teacher_std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+    assert search.run.student_features == ("layer1", "layer2")
+    assert search.images_per_class == (10, 25, "all")
