@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from refilled.config import Precision
 from refilled.data.inputs import Images, batches
@@ -102,7 +102,7 @@ class Student:
             raise UserError(f"device must be one that torch can use here, got {str(device)!r} ({reason}).") from error
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Model:
         """The network in evaluation mode: normalised float images [N, C, H, W] to a `refilled.models.Output`."""
         return self._model
 

@@ -210,7 +210,7 @@ def test_what_is_no_image_is_one_sentence(digits: Refit, photos: tuple[Refit, Pa
 def test_a_picture_that_is_not_square_must_have_the_size_of_training(digits: Refit) -> None:
     student = refilled.load(digits.folder.path)
     oblong = Student(
-        student.model,  # type: ignore[arg-type]
+        student.model,
         classes=student.classes,
         image_shape=(1, 8, 10),
         normalization=student.normalization,

@@ -14,6 +14,7 @@ from refilled.config import RunConfig, SearchConfig, content_hash
 from refilled.data.label_space import NAMED_ORDERS
 from refilled.data.sources import validate_source
 from refilled.errors import UserError
+from refilled.export import require_packages
 from refilled.given_spaces import measured, remarks
 from refilled.identity import run_key
 from refilled.methods import NO_TEACHER, has_embedding_stage, name_of
@@ -140,6 +141,7 @@ def make_plan(search: SearchConfig) -> Plan:
     for source in (search.run.data, search.run.teacher_data):
         if source is not None:
             validate_source(source)
+    require_packages(search.export)
     methods = tuple(name_of(method) for method in search.methods)
     search = dataclasses.replace(search, run=_with_absolute_paths(search.run), methods=methods)
     storage = Storage.open(search.storage)

@@ -1,27 +1,35 @@
-"""After the search: the winner of every method in every cell, trained on all images, tested once a seed."""
+"""After the search: the winner of every method in every cell, trained on all images, tested once a seed, written."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from optuna.trial import FrozenTrial
 
 from refilled.config import RunConfig
+from refilled.export import ExportError
 from refilled.methods import VANILLA, has_embedding_stage
+from refilled.model_card import Origin
+from refilled.storage.run_folder import RunFolder
+from refilled.student_files import write_student_files
 from tune.backend.cluster import Resources
 from tune.backend.jobs import JobSpec, run_jobs
 from tune.plan import Plan
 from tune.prepare import ON_ALL, prepare
 from tune.progress import Progress
 from tune.studies.cell_study import DONE
-from tune.studies.cells import Cell
+from tune.studies.cells import Cell, Place
 from tune.studies.searcher import overrides_of
 from tune.studies.space import edges
 from tune.studies.study_store import ranked
 from tune.summary import MethodResult, Refits
+from tune.tracking.code_version import code_version
+from tune.tracking.mlflow_model import write_mlflow_model
 from tune.tracking.recorder import Recorder
+from tune.tracking.students import registered_name
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,82 @@ def refitted(plan: Plan, trials: Mapping[str, Sequence[FrozenTrial]]) -> set[str
         if all(plan.run_folder(cell, each.run).test_accuracy() is not None for each in refits):
             found.add(cell.name)
     return found
+
+
+def write_students(
+    plan: Plan, results: Sequence[MethodResult], recorder: Recorder, progress: Progress, resources: Resources
+) -> list[MethodResult]:
+    """Write every winner's student for others to take, and register the best of every cell if that is asked for.
+
+    The student is the refit with the first seed, whatever the others came to: chosen by test accuracy, the number would
+    no longer be a test's. The best method of a cell is the one with the best validation accuracy.
+    """
+    progress.start_jobs("writing students", len(results))
+    written = []
+    for result in results:
+        run, test_accuracy = result.refits.run, result.refits.test_accuracy[0]
+        folder = plan.run_folder(result.cell, run)
+        origin = _origin(plan, result)
+        classes = result.cell.spaces.student
+        record = write_student_files(folder, origin, classes, plan.search.export, resources.num_threads)
+        is_model = _write_mlflow_model(folder, result, record["model_sha256"], progress)
+        recorder.close_refit(result.cell, run, test_accuracy)
+        place = folder.path.relative_to(plan.storage.root).as_posix()
+        student = {**record, "folder": place, "seed": run.seed, "mlflow_model": is_model}
+        written.append(dataclasses.replace(result, student=student))
+        progress.job_ended()
+    return _registered(plan, written, recorder) if plan.search.register else written
+
+
+def _origin(plan: Plan, result: MethodResult) -> Origin:
+    cell, refits = result.cell, result.refits
+    return Origin(
+        run=refits.run,
+        run_key=plan.run_folder(cell, refits.run).path.name,
+        teacher=cell.teacher,
+        teacher_classes=cell.spaces.teacher,
+        data_digest=cell.data_digest,
+        val_accuracy=result.val_accuracy,
+        seeds=refits.seeds,
+        test_accuracy=refits.test_accuracy,
+        search_key=plan.key,
+        experiment=plan.search.experiment,
+        code_version=code_version(),
+    )
+
+
+def _write_mlflow_model(folder: RunFolder, result: MethodResult, weights_digest: str, progress: Progress) -> bool:
+    """Whether the student is an MLflow model: a network that cannot be exported is none."""
+    metadata = {
+        "classes": list(result.cell.spaces.student),
+        "run_key": folder.path.name,
+        "method": result.cell.method,
+        "data_digest": result.cell.data_digest,
+        "model_sha256": weights_digest,
+    }
+    try:
+        write_mlflow_model(folder, metadata)
+    except ExportError as error:
+        progress.note(f"{result.cell.name} has no MLflow model: {error}")
+        return False
+    return True
+
+
+def _registered(plan: Plan, results: Sequence[MethodResult], recorder: Recorder) -> list[MethodResult]:
+    """The results with the names of those that are the best of a cell, and have a model that can be registered."""
+    by_name = {result.cell.name: result for result in results}
+    names: dict[str, dict[Place, str]] = {}
+    for place in plan.places:
+        there = [by_name[cell.name] for cell in plan.at(place).values() if cell.name in by_name]
+        best = max(there, key=lambda result: result.val_accuracy, default=None)
+        if best is not None and best.student is not None and best.student["mlflow_model"]:
+            kind, colon, path = plan.search.run.data.partition(":")
+            data = Path(path).stem if colon else kind
+            where = f"overlap-{place.overlap:g}"
+            name = registered_name(plan.search.experiment, data, place.student, "from", place.teacher, where)
+            recorder.register(best.cell, best.refits.run, name)
+            names.setdefault(best.cell.name, {})[place] = name
+    return [dataclasses.replace(result, registered=names.get(result.cell.name, {})) for result in results]
 
 
 def _refits_of(plan: Plan, winner: Winner) -> list[_Refit]:

@@ -74,9 +74,9 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_
     from tune.forecast.report import Comparison
     from tune.prepare import prepare
     from tune.progress import Progress
-    from tune.refits import refit_winners
+    from tune.refits import refit_winners, write_students
     from tune.resume import earlier_trials
-    from tune.summary import remarks, rows, table
+    from tune.summary import export_table, remarks, rows, table
     from tune.tracking.recorder import Recorder
     from tune.trials import describe, run_search
 
@@ -97,10 +97,13 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_
             prepare([each for each in left if each[1] > 0], plan.storage, progress, resources)
             searched = run_search(plan, study_storage, recorder, progress, resources, deadline_s=deadline_s)
             found = refit_winners(plan, searched.winners, recorder, progress, resources)
+            found = write_students(plan, found, recorder, progress, resources)
     results = rows(plan, found)
     path = plan.storage.root / "summary.json"
     plan.storage.write_json(path, results)
     console.print(table(results, search.seeds))
+    if search.export:
+        console.print(export_table(results))
     for line in [*remarks(results), *describe(searched)]:
         console.print(line, highlight=False)
     epochs: dict[PhaseName, int] = {"trials": searched.epochs}

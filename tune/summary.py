@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from refilled.config import RunConfig, ScheduleConfig
+from refilled.export import TOLERANCE
 from refilled.methods import SHORT_VANILLA, VANILLA, composition
 from refilled.stages import place_of, stages_of, term_config
 from refilled.statistics import mean_and_ci95
@@ -52,6 +53,9 @@ class MethodResult:
         refits: The winner's refits.
         short: Refits of a vanilla student with the classifier stage's epochs alone; none where there are none.
         edges: Settings of the winner at an end of their range.
+        student: Of the first refit what its `student.json` says, and its `folder` in the storage, `seed`, and whether
+            it is an `mlflow_model`; none before its files are written.
+        registered: The names under which it is the champion, by the cell of the grid in which it is the best.
     """
 
     cell: Cell
@@ -63,6 +67,8 @@ class MethodResult:
     refits: Refits
     short: Refits | None
     edges: list[Edge]
+    student: Mapping[str, Any] | None = None
+    registered: Mapping[Place, str] = field(default_factory=dict)
 
 
 def rows(plan: Plan, results: Sequence[MethodResult]) -> list[dict[str, Any]]:
@@ -75,11 +81,11 @@ def rows(plan: Plan, results: Sequence[MethodResult]) -> list[dict[str, Any]]:
     found = []
     for place in plan.places:
         beside = {method: by_name[cell.name] for method, cell in plan.at(place).items() if cell.name in by_name}
-        found += [_row(place, result, beside) for result in beside.values()]
+        found += [_row(plan, place, result, beside) for result in beside.values()]
     return found
 
 
-def _row(place: Place, result: MethodResult, beside: Mapping[str, MethodResult]) -> dict[str, Any]:
+def _row(plan: Plan, place: Place, result: MethodResult, beside: Mapping[str, MethodResult]) -> dict[str, Any]:
     """One object of `summary.json`; `beside` are the results of the cell's methods, this one among them.
 
     A run's key is its tag `run_key` in MLflow; its id is null where MLflow had not taken it yet.
@@ -114,10 +120,23 @@ def _row(place: Place, result: MethodResult, beside: Mapping[str, MethodResult])
             if other is not result
         },
         "at_edge": [asdict(edge) for edge in result.edges],
+        **_student(plan, place, result),
         "run_ids": refits.run_ids,
         "run_keys": refits.run_keys,
         "trial_run_id": result.trial_run_id,
         "trial_run_key": result.trial_run_key,
+    }
+
+
+def _student(plan: Plan, place: Place, result: MethodResult) -> dict[str, Any]:
+    """The files of the first refit's student, and what was asked to be exported of it."""
+    if result.student is None:
+        return {"student_file": None, "export": {}}
+    sizes = {name: result.student[name] for name in ("parameters", "multiply_adds", "file_bytes", "mlflow_model")}
+    file = {"folder": result.student["folder"], "file": "student.safetensors", "seed": result.student["seed"], **sizes}
+    return {
+        "student_file": file | {"registered_as": result.registered.get(place)},
+        "export": {form: result.student["export"][form] for form in plan.search.export},
     }
 
 
@@ -226,7 +245,40 @@ def remarks(results: Sequence[dict[str, Any]]) -> list[str]:
         if len(set(counts.values())) > 1:
             said = ", ".join(f"{method} {count}" for method, count in counts.items())
             lines.append(f"{place[0]:g} {place[1]}>{place[2]}: methods had unequal numbers of trials: {said}.")
+    for row in results:
+        for form, each in row["export"].items():
+            where = f"{row['overlap']:g} {row['teacher']}>{row['student']} {row['method']}"
+            if "error" in each:
+                lines.append(f"{where}: {each['error']}")
+            elif each["precision"] == "float32" and each["max_logit_difference"] > TOLERANCE:
+                difference = f"{each['max_logit_difference']:.2g}"
+                lines.append(f"{where}: scores of its {form} file differ from the student's by up to {difference}.")
     return list(dict.fromkeys(lines))
+
+
+def export_table(results: Sequence[dict[str, Any]]) -> Table:
+    """What was exported, a line a file; a vanilla student of several teachers has one."""
+    found = {
+        (row["student_file"]["folder"], form): (row, each)
+        for row in results
+        for form, each in row["export"].items()
+        if "error" not in each
+    }
+    threads = sorted({each["num_threads"] for _, each in found.values()})
+    machines = sorted({each["machine"] for _, each in found.values()})
+    at = f"{', '.join(map(str, threads))} thread(s), {', '.join(machines)}"
+    shown = Table(title=f"Exported students; milliseconds a batch, p50 / p95, {at}")
+    columns = ("student", "method", "parameters", "multiply-adds", "file", "KiB", "largest difference", "test")
+    for name in (*columns, "batch 1", "batch 32"):
+        shown.add_column(name, justify="left" if name in ("student", "method", "file") else "right", overflow="fold")
+    for (folder, _), (row, each) in found.items():
+        sizes = (f"{row['student_file'][name]:,}" for name in ("parameters", "multiply_adds"))
+        times = (f"{one['p50_ms']:.3g} / {one['p95_ms']:.3g}" for one in each["latency"].values())
+        file = f"{folder}/\n{each['file']}"
+        checked = f"{each['file_bytes'] / 1024:.0f}", f"{each['max_logit_difference']:.1e}"
+        accuracy = f"{100 * each['test_accuracy']:.2f}"
+        shown.add_row(row["student"], row["method"], *sizes, file, *checked, accuracy, *times)
+    return shown
 
 
 def _schedule(schedule: ScheduleConfig) -> str:

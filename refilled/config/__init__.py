@@ -16,7 +16,7 @@ from refilled.config.parts import (
     WeightedLkdConfig,
 )
 from refilled.config.run import Precision, RunConfig
-from refilled.config.search import SearchConfig
+from refilled.config.search import ExportFormat, SearchConfig
 from refilled.config.searched import Choice, Float, Searched
 from refilled.config.tables import Sources, TermSettings
 
@@ -27,6 +27,7 @@ __all__ = [
     "Config",
     "EmbeddingCacheConfig",
     "EmbeddingConfig",
+    "ExportFormat",
     "Float",
     "KdConfig",
     "LkdConfig",

@@ -13,6 +13,7 @@ from refilled.methods import composition
 Sampler = Literal["tpe", "gp", "random", "qmc"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 Pruner = Literal["none", "halving"]
+ExportFormat = Literal["torch", "onnx"]
 PRUNERS: tuple[str, ...] = get_args(Pruner)
 
 
@@ -73,6 +74,10 @@ class SearchConfig(Config):
     """Optuna storage URL; none: a SQLite file in the storage folder."""
     experiment: str = "refilled"
     """MLflow experiment, and the name under which the search is continued."""
+    export: tuple[ExportFormat, ...] = ()
+    """Also write the winners' students as programs of torch.export (torch) or ONNX (onnx), check and measure them."""
+    register: bool = False
+    """Register the best method's student of every cell in MLflow, with the alias champion; best by validation."""
     price_per_hour: NonNegativeFloat | None = None
     """Price of one hour of the whole cluster, for the forecast's cost."""
     forecast: bool = True
@@ -89,6 +94,7 @@ class SearchConfig(Config):
             values = getattr(self, name)
             self.require(len(values) >= 1, name, "at least one value")
             self.require(len(set(values)) == len(values), name, "different values")
+        self.require(len(set(self.export)) == len(self.export), "export", "different values")
         spelled = [composition(method) for method in self.methods]
         self.require(len(set(spelled)) == len(spelled), "methods", f"different, but they are {', '.join(spelled)}")
         self.require(

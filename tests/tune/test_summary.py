@@ -39,6 +39,7 @@ KEYS = {
     *("test_accuracy", "test_accuracy_mean", "test_accuracy_ci95"),
     *("difference_mean", "difference_ci95", "differences", "at_edge"),
     *("run_ids", "run_keys", "trial_run_id", "trial_run_key"),
+    *("student_file", "export"),
 }
 OF_BASELINE = {
     f"baseline_{name}"

@@ -18,9 +18,9 @@ from outcomes import row_of
 from refilled.errors import UserError
 from refilled.storage import Storage
 from tune.tracking import store as tracking_store
-from tune.tracking.outbox import clean_params
 from tune.tracking.rows import Rows
 from tune.tracking.store import open_store, shown_uri
+from tune.tracking.texts import clean_params
 from tune.tracking.tracker import Tracker, resolve_tracking_uri
 
 DONE_S = 20.0

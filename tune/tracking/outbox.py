@@ -12,14 +12,13 @@ the storage are relative to it, the address of its own SQLite file is null, and 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import pydantic
 from filelock import FileLock, Timeout
@@ -30,13 +29,12 @@ from refilled.storage import Storage
 from tune.tracking.rows import last_written_ms
 from tune.tracking.store import shown_uri, sqlite_path
 
-_Value = TypeVar("_Value")
 Status = Literal["FINISHED", "KILLED", "FAILED"]
 
-# MLflow's limits.
-NAME_LENGTH = 250
-_PARAM_LENGTH = 6000
-_TAG_LENGTH = 8000
+_ADDED = (
+    "artifacts_digest",
+    "registered",
+)  # to an ending, since states were first kept; written where they say something
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:=+@-]{0,199}")
 
 _logger = logging.getLogger(__name__)
@@ -49,11 +47,23 @@ def now_ms() -> int:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended: its status, what is logged last, a folder of artifacts, and when."""
+    """How a run ended.
+
+    Attributes:
+        status: Finished, stopped or failed.
+        metrics: What is logged last.
+        artifacts: A folder of artifacts.
+        artifacts_digest: Hash of what may change in it; with another one it is sent again. Empty: nothing changes.
+        registered: Names of registered models whose champion the run's model becomes, and when that was said, in
+            milliseconds since 1970.
+        ended_ms: When.
+    """
 
     status: Status
     metrics: Mapping[str, float] = field(default_factory=dict)
     artifacts: Path | None = None
+    artifacts_digest: str = ""
+    registered: Mapping[str, int] = field(default_factory=dict)
     ended_ms: int = field(default_factory=now_ms, compare=False)
 
 
@@ -178,6 +188,9 @@ class Outbox:
         data = dataclasses.asdict(state) | {"folder": self._relative(state.folder)}
         if state.ending is not None:
             data["ending"]["artifacts"] = self._relative(state.ending.artifacts)
+            for name in _ADDED:
+                if not data["ending"][name]:
+                    del data["ending"][name]
         return data
 
     def taken(self, uri: str | None) -> Taken:
@@ -278,21 +291,6 @@ def has_answered(storage: Storage, uri: str) -> bool:
     return any(_searches(storage).glob(f"*/taken-{content_hash(kept_uri(uri, storage))}.json"))
 
 
-def clean_params(params: Mapping[str, object]) -> dict[str, str]:
-    """Settings as MLflow takes them: texts; None is "none", lists are JSON."""
-    return _clean({name: _param_text(value) for name, value in params.items()}, _PARAM_LENGTH)
-
-
-def clean_tags(tags: Mapping[str, object]) -> dict[str, str]:
-    """Tags as MLflow takes them."""
-    return _clean(tags, _TAG_LENGTH)
-
-
-def clean_names(values: Mapping[str, _Value]) -> dict[str, _Value]:
-    """Names with the characters MLflow allows, so that one odd name cannot hold back a whole batch."""
-    return {re.sub(r"[^\w.\- :/]", "_", str(name))[:NAME_LENGTH] or "_": value for name, value in values.items()}
-
-
 def _trouble(path: Path, error: UserError | pydantic.ValidationError) -> str:
     if isinstance(error, UserError):
         return str(error).rstrip(".")
@@ -302,17 +300,3 @@ def _trouble(path: Path, error: UserError | pydantic.ValidationError) -> str:
 
 def _searches(storage: Storage) -> Path:
     return storage.root / "searches"
-
-
-def _param_text(value: object) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (list, tuple)):
-        return json.dumps(value, default=str, ensure_ascii=False)
-    return str(value)
-
-
-def _clean(texts: Mapping[str, object], length: int) -> dict[str, str]:
-    return {name: str(value)[:length] for name, value in clean_names(texts).items()}

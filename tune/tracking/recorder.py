@@ -11,6 +11,7 @@ from ray.tune import Callback
 from refilled.config import RunConfig
 from refilled.metrics import END, EpochMetrics, TrialEnd
 from refilled.storage.run_folder import RunFolder
+from refilled.student_files import digest_of_files, metrics_of, read_record
 from tune.plan import Plan
 from tune.progress import CellProgress, Progress
 from tune.studies.cells import Cell
@@ -91,18 +92,26 @@ class Recorder:
         self._open(cell, run, f"{cell.name} {role} refit seed {run.seed}", tags, None)
 
     def close_refit(self, cell: Cell, run: RunConfig, test_accuracy: float | None) -> str:
-        """End a refit with its test accuracy and its student, or as failed; returns its key."""
-        key = self.key(cell, run)
+        """End a refit with its test accuracy and its student, or as failed; returns its key.
+
+        Called again when the student's files are there, it brings MLflow what is new.
+        """
+        key, folder = self.key(cell, run), self.folder(cell, run)
         if test_accuracy is None:
             self._tracker.close_run(key, status="FAILED", metrics={})
         else:
             self._tracker.close_run(
                 key,
                 status="FINISHED",
-                metrics={"test_accuracy": test_accuracy},
-                artifacts=self.folder(cell, run).path,
+                metrics={"test_accuracy": test_accuracy, **metrics_of(read_record(folder))},
+                artifacts=folder.path,
+                artifacts_digest=digest_of_files(folder),
             )
         return key
+
+    def register(self, cell: Cell, run: RunConfig, name: str) -> None:
+        """Make a refit's model the champion of a registered model."""
+        self._tracker.register(self.key(cell, run), name)
 
     def key(self, cell: Cell, run: RunConfig) -> str:
         """Names a run within the experiment."""

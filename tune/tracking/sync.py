@@ -14,9 +14,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from refilled.storage import Storage
-from tune.tracking.outbox import NAME_LENGTH, Ending, Outbox, RunState, clean_names, kept_uri
+from tune.tracking.outbox import Ending, Outbox, RunState, kept_uri
 from tune.tracking.rows import Rows, numbers
 from tune.tracking.store import find_or_create_experiment, open_store, sqlite_path
+from tune.tracking.students import register
+from tune.tracking.texts import NAME_LENGTH, clean_names
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -224,6 +226,8 @@ class RunSync:
             self._connection.storage.pull(ending.artifacts)
             if ending.artifacts.is_dir():
                 self._client.log_artifacts(run.info.run_id, str(ending.artifacts))
+                for name, time_ms in ending.registered.items():
+                    register(self._client, run, name, time_ms)
             else:
                 _logger.warning("run %s: there is no folder %s of artifacts", self.state.key, ending.artifacts)
         self._has_ended = True

@@ -24,13 +24,13 @@ from tune.tracking.outbox import (
     RunState,
     SearchState,
     Status,
-    clean_params,
-    clean_tags,
     has_answered,
     kept_uri,
+    now_ms,
 )
 from tune.tracking.store import UnusableStoreError, resolve_tracking_uri, shown_uri, unusable_store
 from tune.tracking.sync import Connection, Sync
+from tune.tracking.texts import clean_params, clean_tags
 
 __all__ = ["Status", "Tracker", "resolve_tracking_uri"]
 
@@ -144,19 +144,44 @@ class Tracker:
             self._open_keys.add(key)
 
     def close_run(
-        self, key: str, *, status: Status, metrics: Mapping[str, float], artifacts: Path | None = None
+        self,
+        key: str,
+        *,
+        status: Status,
+        metrics: Mapping[str, float],
+        artifacts: Path | None = None,
+        artifacts_digest: str = "",
     ) -> None:
-        """End a run after all rows of its file were sent; returns at once.
+        """End a run after all rows of its file were sent; returns at once. What it is registered as, it stays.
 
         Args:
             key: Key it was opened with.
             status: FINISHED; KILLED for a pruned or stopped run; FAILED.
             metrics: Logged last, at the step of the last epoch.
             artifacts: Folder whose files and folders are uploaded.
+            artifacts_digest: Hash of what may change in it; with another one than before it is uploaded again.
         """
-        ending = Ending(status, dict(metrics), artifacts and artifacts.absolute())
-        self._put(dataclasses.replace(self._known(key), ending=ending))
+        known = self._known(key)
+        registered = {} if known.ending is None else known.ending.registered
+        ending = Ending(status, dict(metrics), artifacts and artifacts.absolute(), artifacts_digest, registered)
+        self._put(dataclasses.replace(known, ending=ending))
         self._open_keys.discard(key)
+
+    def register(self, key: str, name: str) -> None:
+        """Make the model of a run that has ended the champion of a registered model, in place of another run's.
+
+        Args:
+            key: Key the run was opened with.
+            name: Of the registered model, see `students.registered_name`.
+        """
+        for other in list(self._started("register").runs.values()):
+            ending = other.ending
+            if ending is None or (name in ending.registered) == (other.key == key):
+                continue
+            registered = {each: time_ms for each, time_ms in ending.registered.items() if each != name}
+            if other.key == key:
+                registered[name] = now_ms()
+            self._put(dataclasses.replace(other, ending=dataclasses.replace(ending, registered=registered)))
 
     def tag_run(self, key: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run, open or closed; returns at once."""
