@@ -11,7 +11,9 @@ last.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,5 +104,10 @@ def _flat(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.map(plain)
 
 
+def command(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_app(app, arguments)
+
+
 if __name__ == "__main__":
-    raise SystemExit(run_app(app))
+    sys.exit(command())

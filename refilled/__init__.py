@@ -1,4 +1,8 @@
-"""REFILLED: generalised knowledge distillation via relationship matching."""
+"""REFILLED: generalised knowledge distillation via relationship matching.
+
+`refilled.search(...)` does what the command `refilled search` does and returns the results as objects;
+`refilled.load(FOLDER)` gives a trained student that can be asked. Everything else is in the modules.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_FACE = {"load": "refilled.loading"}  # looked up when used: importing the package must not load torch
+# Looked up when used: importing the package loads neither torch nor the platform, which the method does not know.
+_FACE = {"load": "refilled.loading", "search": "tune.search"}
 
 
 def __getattr__(name: str) -> Any:

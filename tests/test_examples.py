@@ -31,6 +31,22 @@ def run_pytest(*arguments: str, cwd: Path) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("search_from_python.py", "--trials 1 --seeds 1 --epochs 1 1", "it knows "),
+        ("own_training_loop.py", "--epochs 2", "test accuracy of the student: "),
+        ("train_teacher.py", "--epochs 1", "accuracy on held-out images: "),
+    ],
+)
+def test_a_script_runs_from_a_folder_of_its_own(script: str, arguments: str, said: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / script), *arguments.split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+
+
 def test_the_contract_of_the_example_is_run_by_its_folders_name() -> None:
     code, output = run_pytest("examples/own_term", cwd=ROOT)
     assert code == 0, output

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -24,6 +24,8 @@ from refilled.config import SearchConfig
 from refilled.errors import UserError
 from refilled.methods import VANILLA, has_embedding_stage
 from refilled.presets import preset
+from refilled.results import SearchResults
+from refilled.storage import Storage
 from tune.backend.cluster import Resources, fit, ray_cluster, ray_environment
 from tune.cli import run_command, term_configs
 
@@ -37,13 +39,55 @@ if TYPE_CHECKING:
 HELP = "Search every method's settings in every cell of overlap x teacher x student, refit the winners, test them once."
 
 
-def main(search: SearchConfig) -> int:
+def search(
+    config: SearchConfig | str = "smoke",
+    *,
+    settings: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+    **fields: Any,
+) -> SearchResults:
+    """Do from Python what the command does; what is done already is found, not repeated.
+
+        results = refilled.search("smoke", methods=["student", "refilled"], overlaps=[0.4], trials=8)
+        student = results.best().load()
+
+    Args:
+        config: A whole configuration, or the name of a preset.
+        settings: Changes of the runs by dotted name, `{"epochs": (10, 10), "embedding.temperature": 2.0}`.
+        quiet: Print nothing.
+        **fields: Fields of `SearchConfig` and their values, such as `methods`, `overlaps`, `trials`, `storage`.
+
+    Returns:
+        A result for each cell and method that has one.
+
+    Raises:
+        UserError: Something that was given is wrong; or a search with `resume=False` has trials already.
+    """
+    if isinstance(config, str):
+        config = start(config, tuple(fields.pop("methods", ())))
+    runs = {f"run.{name}": value for name, value in (settings or {}).items()}
+    config = config.with_overrides({**fields, **runs})
+    with ray_environment():
+        outcome = _main(config, _console(quiet=quiet))
+    if outcome.rows is None and not config.dry_run:
+        raise UserError(f"resume must not be false: the search has trials already in {config.storage}.")
+    return SearchResults(outcome.rows or [], Storage.open(config.storage).root)
+
+
+class _Outcome(NamedTuple):
+    """The exit code, and the objects of `summary.json` where the search came to its end."""
+
+    code: int
+    rows: list[dict[str, Any]] | None = None
+
+
+def main(config: SearchConfig) -> int:
     """Plan, search, refit, summarise; 0 when every cell has a result, else 1."""
     with ray_environment():
-        return _main(search)
+        return _main(config, _console()).code
 
 
-def _main(search: SearchConfig) -> int:
+def _main(search: SearchConfig, console: Console) -> _Outcome:
     import optuna
 
     from tune.plan import make_plan
@@ -56,21 +100,21 @@ def _main(search: SearchConfig) -> int:
     plan = make_plan(search)
     _require_lasting_studies(plan)
     for line in plan.remarks:
-        _console().print(line, highlight=False)
+        console.print(line, highlight=False)
     # What the user named is tried before anything of our own is created.
     tracking_uri = resolve_tracking_uri(search.tracking_uri, plan.storage)
     named = open_storage(search.study_storage) if search.study_storage else None
     if search.dry_run:
-        return _dry_run(plan, named, began_s)
+        return _dry_run(plan, named, began_s, console)
     with only_driver(plan), Tracker(tracking_uri, search.experiment, plan.storage) as tracker:
         study_storage = named or open_storage(_own_storage(plan))
         with only_driver_of_database(plan, study_storage):
             if not may_continue(plan, study_storage):
-                return 1
-            return _run(plan, study_storage, tracker, tracking_uri, began_s)
+                return _Outcome(1)
+            return _run(plan, study_storage, tracker, tracking_uri, began_s, console)
 
 
-def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_s: float) -> int:
+def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_s: float, console: Console) -> _Outcome:
     from tune.forecast.report import Comparison
     from tune.prepare import prepare
     from tune.progress import Progress
@@ -82,7 +126,6 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_
 
     search = plan.search
     deadline_s = None if search.max_hours is None else began_s + 3600 * search.max_hours
-    console = _console()
     recorder = Recorder(tracker, plan)
     with _cluster(search):
         resources = fit(search)
@@ -117,11 +160,12 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_
     for name in missing:
         print(f"search: {name} has no result; its trials or refits failed.", file=sys.stderr)
     tracker.finish_search(status="FAILED" if missing else "FINISHED", artifacts=_artifacts(plan, path, record))
-    print(f"Summary: {plan.storage.location}/{path.name}\nMLflow: experiment {search.experiment!r} at {tracking_uri}")
-    return 1 if missing else 0
+    said = f"Summary: {plan.storage.location}/{path.name}\nMLflow: experiment {search.experiment!r} at {tracking_uri}"
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
+    return _Outcome(1 if missing else 0, results)
 
 
-def _dry_run(plan: Plan, study_storage: Any, began_s: float) -> int:
+def _dry_run(plan: Plan, study_storage: Any, began_s: float, console: Console) -> _Outcome:
     """Print the forecast of what is left; nothing but timings is kept."""
     from tune.resume import earlier_trials
     from tune.studies.study_store import open_storage
@@ -130,9 +174,9 @@ def _dry_run(plan: Plan, study_storage: Any, began_s: float) -> int:
     if study_storage is None and own.exists():
         study_storage = open_storage(_own_storage(plan))
     with _cluster(plan.search):
-        console, earlier = _console(), {} if study_storage is None else earlier_trials(plan, study_storage)
+        earlier = {} if study_storage is None else earlier_trials(plan, study_storage)
         console.print(_forecast(plan, fit(plan.search), earlier, began_s, console).table())
-    return 0
+    return _Outcome(0)
 
 
 def _num_done(earlier: Mapping[str, Sequence[FrozenTrial]]) -> dict[str, int]:
@@ -183,8 +227,8 @@ def _cluster(search: SearchConfig) -> contextlib.AbstractContextManager[None]:
     return ray_cluster(with_dashboard=search.workers_per_trial > 1 or search.trial_backend == "torch_trainer")
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 160)
+def _console(*, quiet: bool = False) -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160, quiet=quiet)
 
 
 def _require_lasting_studies(plan: Plan) -> None:
