@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from refilled.config import RunConfig
 from refilled.methods import SHORT_VANILLA
 from refilled.presets import smoke
 from tune.plan import Plan, make_plan
 from tune.prepare import shared_caches
+from tune.refits import _registered
 from tune.studies.cells import Cell
 from tune.studies.space import edges
-from tune.summary import MethodResult, Refits, paired, remarks, rows, settings, table
+from tune.summary import MethodResult, Refits, export_table, paired, remarks, rows, settings, table
 
 SMALL, LARGE = "convnet-16", "convnet-32"
 STUDENT = "student"
@@ -300,3 +302,60 @@ def test_unequal_numbers_of_trials_are_remarked_where_they_are(storage: Path) ->
     assert remarks(rows(plan, results)) == [
         "0.4 convnet-32>convnet-8: methods had unequal numbers of trials: student 8, refilled 8, rkd 7."
     ]
+
+
+class Names:
+    """Takes what would be registered."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[str, str]] = []
+
+    def register(self, cell: Cell, run: RunConfig, name: str) -> None:
+        self.taken.append((name, cell.name))
+
+
+def test_the_champion_of_a_cell_is_the_best_by_validation_whatever_the_test_says(storage: Path) -> None:
+    plan, names = planned(storage), Names()
+    best = {"none student": 0.8, f"{SMALL} rkd": 0.7, f"{LARGE} rkd": 0.9}
+    tested = {**TESTED, (LARGE, "rkd"): (0.01, 0.01)}
+    results = []
+    for cell in plan.cells:
+        where = f"{cell.teacher} {cell.method}"
+        of_cell = refits(cell, tested[cell.teacher, cell.method], where)
+        student = {"mlflow_model": True}
+        results.append(result(cell, val_accuracy=best.get(where, 0.1), refits=of_cell, student=student))
+    found = _registered(plan, results, names)  # type: ignore[arg-type]
+    of_large, of_small = (f"refilled-digits-convnet-8-from-{teacher}-overlap-0.4" for teacher in (LARGE, SMALL))
+    assert names.taken == [(of_small, "0.4 none>convnet-8 student"), (of_large, f"0.4 {LARGE}>convnet-8 rkd")]
+    said = {each.cell.name: {place.teacher: name for place, name in each.registered.items()} for each in found}
+    assert {name: each for name, each in said.items() if each} == {
+        "0.4 none>convnet-8 student": {SMALL: of_small},
+        f"0.4 {LARGE}>convnet-8 rkd": {LARGE: of_large},
+    }
+    without = [dataclasses.replace(each, student={"mlflow_model": False}) for each in results]
+    assert all(not each.registered for each in _registered(plan, without, names))  # type: ignore[arg-type]
+    assert len(names.taken) == 2
+
+
+def test_an_exported_file_that_differs_is_remarked_and_in_the_table(storage: Path) -> None:
+    plan = planned(storage, export=("torch", "onnx"))
+    latency = {size: {"p50_ms": 1.25, "p95_ms": 2.5, "num_rounds": 20} for size in ("1", "32")}
+    file = {"file": "student.pt2", "precision": "float32", "file_bytes": 2048, "test_accuracy": 0.875}
+    file |= {"max_logit_difference": 0.5, "latency": latency, "num_threads": 3, "machine": "abacus"}
+    sizes = {"parameters": 1234, "multiply_adds": 5678, "file_bytes": 99}
+    of_run = {"folder": "runs/abc-0", "seed": 0, "mlflow_model": True}
+    exported = {"torch": file, "onnx": {"error": "The network cannot be exported to onnx (a reason)."}}
+    cell = next(cell for cell in plan.cells if cell.teacher == LARGE)
+    (row,) = rows(plan, [result(cell, student={**sizes, **of_run, "export": exported})])
+    assert row["student_file"] | sizes == row["student_file"]
+    assert row["export"] == exported
+    said = "\n".join(remarks([row]))
+    assert "scores of its torch file differ from the student's by up to 0.5" in said
+    assert "refilled: The network cannot be exported to onnx (a reason)." in said
+    close = file | {"max_logit_difference": 5e-5}
+    assert not remarks([row | {"export": {"torch": close}}])
+    assert not remarks([row | {"export": {"torch": file | {"precision": "bfloat16"}}}])
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(export_table([row]))
+    for words in ("1,234", "5,678", "87.50", "1.25 / 2.5", "3 thread(s), abacus", "student.pt2", "5.0e-01"):
+        assert words in stream.getvalue()
