@@ -17,7 +17,7 @@ from refilled.errors import UserError
 from refilled.storage import Kind, Storage
 
 IMAGES = Kind("images", is_local=True)
-FORMAT_VERSION = 2  # raise when the same source is to be decoded to other pixels, or entries get another layout
+FORMAT_VERSION = 3  # raise when the same source is to be decoded to other pixels, or entries get another layout
 _log = logging.getLogger(__name__)
 
 

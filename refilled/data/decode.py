@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from refilled.data.colours import upright_rgb
 from refilled.data.text import one_line
 from refilled.errors import UserError
 
@@ -38,7 +39,7 @@ Pixels = npt.NDArray[np.uint8]
 def decode_images(encoded: Iterable[tuple[str, bytes]], count: int, image_size: int | None) -> Pixels:
     """Decode images to RGB, as stored or resized (shorter side, bicubic with antialiasing, then the central square).
 
-    Transparency is dropped, the first frame of an animation is taken, and an EXIF orientation is not applied. The
+    Images are made upright RGB by `refilled.data.colours`: EXIF orientation, transparency on white, 16 bits to 8. The
     checksums of a PNG are compared. Other formats have none: damage that still decodes gives other pixels, and so
     another digest.
 
@@ -115,7 +116,7 @@ def _decode(name: str, content: bytes, image_size: int | None) -> Pixels:
             _check_header(name, image, image_size)
             if image.format == "PNG":
                 _verify_checksums(content)
-            rgb = image.convert("RGB")
+            rgb = upright_rgb(image)
         return _channels_first(rgb if image_size is None else _central_square(rgb, image_size))
     except (UserError, MemoryError):
         raise
@@ -132,8 +133,6 @@ def _check_header(name: str, image: Image.Image, image_size: int | None) -> None
     resized = 0 if image_size is None else image_size * image_size * long // max(short, 1)
     if max(width * height, resized) > MAX_PIXELS:
         raise UserError(f"{name} has {width} x {height} pixels, too many; at most {MAX_PIXELS} are decoded.")
-    if image.mode.startswith(("I", "F")):  # Pillow clips these to 8 bits instead of scaling them
-        raise UserError(f"{name} has more than 8 bits a channel (mode {image.mode}); only 8-bit images are read.")
 
 
 def _verify_checksums(content: bytes) -> None:

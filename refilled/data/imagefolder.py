@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +65,6 @@ def find_part(path: Path, name: PartName) -> SourcePart:
         odd = shown(unknown[0])
         raise UserError(f"{path}/{name}/{odd} must have a folder {odd} in {path}/train too.")
     empty = [class_name for class_name in names if not by_class.get(class_name)]
-    if empty and name == "train":
-        raise UserError(f"{path}/{name}/{empty[0]} holds no images; every class folder needs at least one.")
     if len(empty) == len(names):
         raise UserError(f"{path}/{name} holds no images; its class folders need at least one.")
     files = [(label, location) for label, class_name in enumerate(names) for location in by_class.get(class_name, [])]
@@ -114,20 +113,33 @@ def _classes(path: Path, root: Root) -> dict[PartName, dict[str, list[str]]]:
     try:
         for part in _PARTS:
             for folder in _children(root / part):
-                if not folder.is_dir():
-                    continue
-                files = []
-                for file in _children(folder):
-                    location = f"{part}/{folder.name}/{file.name}"
-                    if file.is_dir():
-                        raise UserError(f"{shown(path / location)} must be an image; a class folder holds no folders.")
-                    files.append(location)
-                classes.setdefault(part, {})[folder.name] = files
+                if folder.is_dir():
+                    _add_class(classes.setdefault(part, {}), path, part, folder)
     except OSError as error:
         raise UserError(
             f"{shown(error.filename or path)} cannot be listed ({error.strerror}); it must be readable."
         ) from error
     return classes
+
+
+def _add_class(classes: dict[str, list[str]], path: Path, part: PartName, folder: Root) -> None:
+    """Add a class folder's files, those of folders inside it too; names are compared as people read them (NFC)."""
+    name = unicodedata.normalize("NFC", folder.name)
+    if name in classes:
+        raise UserError(f"{shown(path / part / folder.name)} is there twice, in two spellings of the same characters.")
+    classes[name] = sorted(f"{part}/{folder.name}/{each}" for each in _files_below(folder, ""))
+
+
+def _files_below(folder: Root, prefix: str) -> Iterator[str]:
+    for child in _children(folder):
+        if child.is_dir():
+            if isinstance(child, Path) and child.is_symlink():
+                raise UserError(
+                    f"{shown(child)} must not be a link to a folder."
+                )  # which might lead around in a circle
+            yield from _files_below(child, f"{prefix}{child.name}/")
+        else:
+            yield f"{prefix}{child.name}"
 
 
 def _children(folder: Root) -> list[Any]:

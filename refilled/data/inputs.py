@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from refilled.data.colours import upright_rgb
 from refilled.data.decode import MAX_FILE_BYTES, decode_images, resize_images
 from refilled.data.text import one_line, shown
 from refilled.errors import UserError
@@ -136,10 +137,8 @@ def _name(index: int, image: str | Path | bytes) -> str:
 
 def _from_pillow(image: Image.Image, index: int) -> Pixels:
     """RGB [1, 3, H, W], as a file of the same image decodes."""
-    if image.mode.startswith(("I", "F")):  # Pillow clips these to 8 bits instead of scaling them
-        raise UserError(f"image {index} must have 8 bits a channel, got mode {image.mode}.")
     try:
-        rgb = np.asarray(image.convert("RGB"))
+        rgb = np.asarray(upright_rgb(image))
     except (OSError, SyntaxError, ValueError) as error:  # it was opened, and is read only now
         raise UserError(f"image {index} does not decode ({one_line(error)}).") from error
     return rgb.transpose(2, 0, 1)[None]

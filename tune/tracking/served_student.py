@@ -21,7 +21,7 @@ import mlflow.pyfunc
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MAX_PIXELS = 64 * 2**20
@@ -83,11 +83,11 @@ class ServedStudent(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow 
         content = image if isinstance(image, bytes) else Path(image).read_bytes()
         try:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as opened:
-                if opened.width * opened.height > _MAX_PIXELS or opened.mode.startswith(("I", "F")):
-                    raise ValueError(f"{opened.width} x {opened.height} pixels of mode {opened.mode}")
-                square = opened.convert("RGB")
+                if opened.width * opened.height > _MAX_PIXELS:
+                    raise ValueError(f"{opened.width} x {opened.height} pixels, too many")
+                square = _upright_rgb(opened)
         except Exception as error:  # Pillow's plug-ins raise whatever their parser trips over
-            raise ValueError(f"{name} does not decode as an 8-bit image ({error})") from error
+            raise ValueError(f"{name} does not decode as an image ({error})") from error
         if height == width:
             square = _central_square(square, height)
         if square.size != (width, height):
@@ -95,6 +95,23 @@ class ServedStudent(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow 
         if channels == 1:
             return np.asarray(square.convert("L"))[None]
         return np.asarray(square).transpose(2, 0, 1)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """As `refilled.data.colours.upright_rgb`."""
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I"):
+        levels = np.asarray(turned).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 0xFFFF:
+            raise ValueError("integers beyond 16 bits")
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
+    if turned.mode == "F":
+        raise ValueError("floating-point pixels")
+    if turned.has_transparency_data:
+        seen = turned.convert("RGBA")
+        white = Image.new("RGBA", seen.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, seen).convert("RGB")
+    return turned.convert("RGB")
 
 
 def _central_square(image: Image.Image, size: int) -> Image.Image:
