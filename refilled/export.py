@@ -155,7 +155,7 @@ def export(form: ExportFormat, student: Student, path: Path, test: ImageSet, num
             with torch.no_grad():
                 difference = max(difference, float((logits - own.logits_of(images)).abs().max()))
             num_correct += int((logits.argmax(dim=1) == labels).sum())
-        latencies = {size: _latency(run, test.images, size) for size in _BATCH_SIZES}
+        latencies = {size: _latency(run, test.images[:size], size) for size in _BATCH_SIZES}
     return {
         "precision": precision,
         "file_bytes": path.stat().st_size,

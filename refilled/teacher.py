@@ -18,6 +18,7 @@ from torch import Tensor
 from refilled.brought import brought_teacher
 from refilled.config import ClassifierConfig, RunConfig, content_hash
 from refilled.data.label_space import LabelSpaces
+from refilled.data.pixels import gather
 from refilled.data.views import Views
 from refilled.errors import UserError
 from refilled.identity import identity_of_brought, run_key
@@ -146,7 +147,7 @@ class InputView:
     def __call__(self, image_ids: Tensor, view_ids: Tensor) -> Tensor:
         """Normalised views [B, c, h, w] of training images."""
         device = self._compute.device
-        pixels = self._images[image_ids.to(self._images.device)].to(device)
+        pixels = gather(self._images, image_ids).to(device)
         return self._compute.place_images(self._views.render(pixels, view_ids.to(device)), self._normalization)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from refilled.config.embedding_cache import EmbeddingCacheConfig
-from refilled.config.fields import NonNegativeInt, PositiveInt, Range, Share, ShareBelowOne
+from refilled.config.fields import NonNegativeInt, PositiveFloat, PositiveInt, Range, Share, ShareBelowOne
 from refilled.config.networks import NetworksConfig
 from refilled.config.parts import ClassifierConfig, EmbeddingConfig, OptimizerConfig, TeacherConfig, ViewConfig
 from refilled.config.tables import Sources, TermSettings
@@ -60,6 +60,9 @@ class RunConfig(NetworksConfig):
     """Compile the student with torch.compile; pays off on a GPU and over many epochs."""
     checkpoint_every: PositiveInt = 1
     """Epochs between checkpoints; what is lost with a worker is trained again, to the same numbers."""
+    max_image_gib: PositiveFloat | None = None
+    """Most memory that a set of images may take, in GiB; larger ones are read from the file of decoded images batch by
+    batch, one batch ahead, to the same numbers. None: half of what is free."""
     ncm_images_per_class: PositiveInt = 50
     """Training images a class that estimate the class means for validation during stage embedding."""
 

@@ -13,19 +13,21 @@ import numpy as np
 import torch
 
 from refilled.data.images import ImageSet, SourcePart
+from refilled.data.pixels import Pixels, StoredPixels
 from refilled.errors import UserError
 from refilled.storage import Kind, Storage
 
 IMAGES = Kind("images", is_local=True)
+IMAGES_FILE = "images.npy"
 FORMAT_VERSION = 3  # raise when the same source is to be decoded to other pixels, or entries get another layout
 _log = logging.getLogger(__name__)
 
 
-def load_cached(part: SourcePart, image_size: int | None, storage: Storage) -> ImageSet:
+def load_cached(part: SourcePart, image_size: int | None, storage: Storage, max_bytes: int | None = None) -> ImageSet:
     """The decoded part: from the storage if it is there and whole, else decoded and put there.
 
     The images are backed by a private (copy-on-write) mapping of the file `images.npy` (uint8 [N, C, H, W]), so that
-    processes share the memory.
+    processes share the memory; where it is larger than `max_bytes`, they stay in the file.
 
     Raises:
         UserError: The part cannot be read, or the storage cannot be written.
@@ -33,8 +35,10 @@ def load_cached(part: SourcePart, image_size: int | None, storage: Storage) -> I
 
     def build(folder: Path | None) -> Mapping[str, Any]:
         assert folder is not None, "every process decodes for itself"
-        decoded = part.read(image_size)
-        np.save(folder / "images.npy", decoded.images.numpy())
+        decoded = part.read(image_size, folder / IMAGES_FILE)
+        if not (folder / IMAGES_FILE).exists():
+            assert isinstance(decoded.images, torch.Tensor)
+            np.save(folder / IMAGES_FILE, decoded.images.numpy())
         np.save(folder / "labels.npy", decoded.labels.numpy())
         _log.info("Decoded %d %s images into %s", len(decoded), part.name, folder)
         return {"class_names": decoded.class_names, "digest": decoded.digest}
@@ -47,10 +51,15 @@ def load_cached(part: SourcePart, image_size: int | None, storage: Storage) -> I
             f"Cache folder {storage.root} cannot be written ({reason}); name a folder with room and write access."
         ) from error
     assert artifact is not None, "it waits for whoever is making it"
-    images = np.load(artifact.path / "images.npy", mmap_mode="c", allow_pickle=False)
+    file = artifact.path / IMAGES_FILE
+    images: Pixels
+    if max_bytes is not None and file.stat().st_size > max_bytes:
+        images = StoredPixels(file)
+    else:
+        images = torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
     labels = np.load(artifact.path / "labels.npy", allow_pickle=False)
     return ImageSet(
-        images=torch.from_numpy(images),
+        images=images,
         labels=torch.from_numpy(labels),
         class_names=tuple(artifact.about["class_names"]),
         digest=artifact.about["digest"],

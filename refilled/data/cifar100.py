@@ -22,7 +22,7 @@ ARCHIVE_MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
 def find_part(name: PartName, storage: Storage) -> SourcePart:
     """The training or test part; downloads only where the decoded images are not there yet."""
     return SourcePart(
-        name=name, fingerprint=f"cifar-100-python {ARCHIVE_MD5}", read=lambda size: _read(name, storage, size)
+        name=name, fingerprint=f"cifar-100-python {ARCHIVE_MD5}", read=lambda size, _: _read(name, storage, size)
     )
 
 

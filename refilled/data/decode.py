@@ -9,17 +9,20 @@ import io
 import itertools
 import math
 import os
+import shutil
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from refilled.data.colours import upright_rgb
+from refilled.data.pixels import free_bytes
 from refilled.data.text import one_line
 from refilled.errors import UserError
 
@@ -36,7 +39,9 @@ _CHUNK = 64  # images a task: small ones decode in 0.1 ms, which handing over a 
 Pixels = npt.NDArray[np.uint8]
 
 
-def decode_images(encoded: Iterable[tuple[str, bytes]], count: int, image_size: int | None) -> Pixels:
+def decode_images(
+    encoded: Iterable[tuple[str, bytes]], count: int, image_size: int | None, file: Path | None = None
+) -> Pixels:
     """Decode images to RGB, as stored or resized (shorter side, bicubic with antialiasing, then the central square).
 
     Images are made upright RGB by `refilled.data.colours`: EXIF orientation, transparency on white, 16 bits to 8. The
@@ -47,9 +52,11 @@ def decode_images(encoded: Iterable[tuple[str, bytes]], count: int, image_size: 
         encoded: The images in order; each a name for messages and the content of the file.
         count: Number of images, at least 1.
         image_size: Side of the result; none: every image must have the size of the first.
+        file: Where the pixels are put, as NumPy's `.npy`, if they would take more than half of what memory is free;
+            none: they are refused then.
 
     Returns:
-        Uint8 [count, 3, H, W].
+        Uint8 [count, 3, H, W], in memory or mapped from the file.
 
     Raises:
         UserError: Naming the first image that does not decode, is too large, or has another size than the first.
@@ -62,7 +69,7 @@ def decode_images(encoded: Iterable[tuple[str, bytes]], count: int, image_size: 
     with _quiet_pillow():
         _, (first_name, first_content) = next(numbered)
         first = _decode(first_name, first_content, image_size)
-        out = _allocate(count, first.shape, first_name)
+        out = _allocate(count, first.shape, first_name, file)
         out[0] = first
         pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         pending: deque[Future[None]] = deque()
@@ -159,14 +166,20 @@ def _channels_first(image: Image.Image) -> Pixels:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _allocate(count: int, shape: tuple[int, ...], first_name: str) -> Pixels:
-    # An operating system that promises more memory than it has ends the process only when the pixels are written.
-    if count * math.prod(shape) > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+def _allocate(count: int, shape: tuple[int, ...], first_name: str, file: Path | None) -> Pixels:
+    num_bytes = count * math.prod(shape)
+    if num_bytes <= free_bytes() // 2:
+        return np.empty((count, *shape), dtype=np.uint8)
+    if file is None or num_bytes > shutil.disk_usage(file.parent).free:
         raise UserError(
-            f"{count} images of {_size(shape)} pixels, the size of {first_name}, do not fit into memory; "
-            "set a smaller image_size."
+            f"{count} images of {_size(shape)} pixels, the size of {first_name}, take {num_bytes / 2**30:.1f} GiB, for "
+            "which there is no room; set a smaller image_size, or name a storage with more."
         )
-    return np.empty((count, *shape), dtype=np.uint8)
+    # Its blocks are taken now: a disk that is full when a mapped page is written ends the process.
+    mapped: Pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (count, *shape))
+    with file.open("r+b") as opened:
+        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return mapped
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -19,7 +19,7 @@ CLASS_NAMES = tuple(str(digit) for digit in range(10))
 def find_part(name: PartName) -> SourcePart:
     """The training or test part; scikit-learn is imported only where it must be read."""
     fingerprint = f"digits of scikit-learn {version('scikit-learn')}, {TEST_SHARE} test, split seed {SPLIT_SEED}"
-    return SourcePart(name=name, fingerprint=fingerprint, read=lambda image_size: _read(name, image_size))
+    return SourcePart(name=name, fingerprint=fingerprint, read=lambda image_size, _: _read(name, image_size))
 
 
 def _read(name: PartName, image_size: int | None) -> ImageSet:

@@ -71,7 +71,7 @@ def find_part(path: Path, name: PartName) -> SourcePart:
     return SourcePart(
         name=name,
         fingerprint=_fingerprint(path, listing, files, names),
-        read=lambda image_size: _read(path, listing, files, names, image_size),
+        read=lambda image_size, file: _read(path, listing, files, names, image_size, file),
     )
 
 
@@ -84,11 +84,16 @@ def _fingerprint(path: Path, listing: _Listing, files: list[tuple[int, str]], na
 
 
 def _read(
-    path: Path, listing: _Listing, files: list[tuple[int, str]], names: tuple[str, ...], image_size: int | None
+    path: Path,
+    listing: _Listing,
+    files: list[tuple[int, str]],
+    names: tuple[str, ...],
+    image_size: int | None,
+    file: Path | None,
 ) -> ImageSet:
     with listing.open() as root:
         encoded = ((f"{path}/{shown(location)}", _content(path, root, location)) for _, location in files)
-        images = decode_images(encoded, len(files), image_size)
+        images = decode_images(encoded, len(files), image_size, file)
     labels = torch.tensor([label for label, _ in files], dtype=torch.int64)
     return make_image_set(torch.from_numpy(images), labels, names)
 

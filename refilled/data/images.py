@@ -7,11 +7,13 @@ import json
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from refilled.data.pixels import Pixels, chunks
 from refilled.data.text import shown
 from refilled.errors import UserError
 
@@ -26,13 +28,13 @@ class ImageSet:
     """Images of one part of a data set; equal digests mean equal sets. Made by `make_image_set`.
 
     Attributes:
-        images: Uint8 [N, C, H, W].
+        images: Uint8 [N, C, H, W], in memory or in a file.
         labels: Int64 [N], positions in `class_names`.
         class_names: Name of every class; a class may have no image here.
         digest: SHA-256, in hex, over shape, pixels, labels and class names.
     """
 
-    images: Tensor = field(repr=False)
+    images: Pixels = field(repr=False)
     labels: Tensor = field(repr=False)
     class_names: tuple[str, ...]
     digest: str
@@ -49,15 +51,15 @@ class SourcePart:
     Attributes:
         name: Which part it is.
         fingerprint: Identifies everything the decoded part depends on except the image size.
-        read: Decodes the part at an image size (none: as stored).
+        read: Decodes the part at an image size (none: as stored); pixels that are too many for memory go to the file.
     """
 
     name: PartName
     fingerprint: str
-    read: Callable[[int | None], ImageSet]
+    read: Callable[[int | None, Path | None], ImageSet]
 
 
-def make_image_set(images: Tensor, labels: Tensor, class_names: Sequence[str]) -> ImageSet:
+def make_image_set(images: Pixels, labels: Tensor, class_names: Sequence[str]) -> ImageSet:
     """Check images, labels and class names against each other and compute their digest.
 
     Args:
@@ -116,10 +118,11 @@ def _is_unprintable(character: str) -> bool:
     return unicodedata.category(character) in _NO_TEXT or character in _REORDERING
 
 
-def _digest(images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> str:
+def _digest(images: Pixels, labels: Tensor, class_names: tuple[str, ...]) -> str:
     # The header has no free-length part that pixels could imitate: JSON ends where its brackets close.
     header = json.dumps({"shape": list(images.shape), "class_names": class_names})
     sha = hashlib.sha256(header.encode())
-    sha.update(images.cpu().contiguous().numpy().data)
+    for part in chunks(images):
+        sha.update(part.cpu().contiguous().numpy().data)
     sha.update(labels.cpu().numpy().astype("<i8").data)
     return sha.hexdigest()

@@ -7,6 +7,7 @@ ones, and the student's window starts where it shares the wanted part of its cla
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from refilled.data import pixels
 from refilled.data.images import ImageSet, check_class_names, make_image_set
 from refilled.data.text import one_line, shown
 from refilled.errors import UserError
@@ -202,8 +204,12 @@ def hold_out(image_set: ImageSet, *, fraction: float, seed: int, images_per_clas
     return Split(train=torch.cat(kept).sort().values, validation=torch.cat(held).sort().values)
 
 
-def select_classes(image_set: ImageSet, indices: Tensor, classes: tuple[str, ...]) -> ImageSet:
+def select_classes(
+    image_set: ImageSet, indices: Tensor, classes: tuple[str, ...], max_bytes: int | None = None
+) -> ImageSet:
     """The images among `indices` that belong to `classes`, labelled by their position in that list.
+
+    Of a set that is in a file they are read into memory where they take at most `max_bytes` (none: any number).
 
     Raises:
         UserError: For a class the data set does not have, or one without an image.
@@ -219,7 +225,8 @@ def select_classes(image_set: ImageSet, indices: Tensor, classes: tuple[str, ...
     counts = torch.bincount(labels[chosen], minlength=len(classes))
     if int(counts.min()) == 0:
         raise UserError(f"The data must have images of class {classes[int(counts.argmin())]!r}, but has none.")
-    return make_image_set(image_set.images[indices[chosen]], labels[chosen], classes)
+    most = sys.maxsize if max_bytes is None else max_bytes
+    return make_image_set(pixels.chosen(image_set.images, indices[chosen], most), labels[chosen], classes)
 
 
 def classes_digest(classes: tuple[str, ...]) -> str:

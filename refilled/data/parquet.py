@@ -68,7 +68,9 @@ def find_part(path: Path, name: PartName) -> SourcePart:
     for shard in shards:
         _check_labels(shard, names)
     return SourcePart(
-        name=name, fingerprint=_fingerprint(shards, names), read=lambda image_size: _read(shards, names, image_size)
+        name=name,
+        fingerprint=_fingerprint(shards, names),
+        read=lambda image_size, file: _read(shards, names, image_size, file),
     )
 
 
@@ -220,10 +222,10 @@ def _fingerprint(shards: list[_Shard], names: tuple[str, ...]) -> str:
     return sha.hexdigest()
 
 
-def _read(shards: list[_Shard], names: tuple[str, ...], image_size: int | None) -> ImageSet:
+def _read(shards: list[_Shard], names: tuple[str, ...], image_size: int | None, file: Path | None) -> ImageSet:
     labels = np.concatenate([shard.labels for shard in shards])
     encoded = (item for shard in shards for item in _encoded(shard))
-    images = decode_images(encoded, len(labels), image_size)
+    images = decode_images(encoded, len(labels), image_size, file)
     return make_image_set(torch.from_numpy(images), torch.from_numpy(labels), names)
 
 

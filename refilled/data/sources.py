@@ -24,7 +24,9 @@ _FIND_PART: dict[str, Callable[[Path, PartName], SourcePart]] = {
 }
 
 
-def load_train(source: str, *, storage: Storage, image_size: int | None = None) -> ImageSet:
+def load_train(
+    source: str, *, storage: Storage, image_size: int | None = None, max_bytes: int | None = None
+) -> ImageSet:
     """All training images of a source, decoded once per content and image size.
 
     Args:
@@ -32,16 +34,19 @@ def load_train(source: str, *, storage: Storage, image_size: int | None = None) 
         storage: Keeps decoded images and downloads.
         image_size: Side of the images after resizing the shorter side and cropping the centre; none: as stored, which
             must then be one size.
+        max_bytes: Where all pixels take more, they stay in a file (`refilled.data.pixels`); none: any number.
 
     Raises:
         UserError: Naming the source, file or folder that is wrong.
     """
-    return _load(source, "train", storage, image_size)
+    return _load(source, "train", storage, image_size, max_bytes)
 
 
-def load_test(source: str, *, storage: Storage, image_size: int | None = None) -> ImageSet:
+def load_test(
+    source: str, *, storage: Storage, image_size: int | None = None, max_bytes: int | None = None
+) -> ImageSet:
     """All test images of a source; arguments and errors as in `load_train`."""
-    return _load(source, "test", storage, image_size)
+    return _load(source, "test", storage, image_size, max_bytes)
 
 
 def validate_source(source: str) -> None:
@@ -55,10 +60,10 @@ def validate_source(source: str) -> None:
         _VALIDATE[kind](path)
 
 
-def _load(source: str, name: PartName, storage: Storage, image_size: int | None) -> ImageSet:
+def _load(source: str, name: PartName, storage: Storage, image_size: int | None, max_bytes: int | None) -> ImageSet:
     if image_size is not None and image_size < 1:
         raise UserError(f"image_size must be at least 1 or none, got {image_size}.")
-    return load_cached(_find(source, name, storage), image_size, storage)
+    return load_cached(_find(source, name, storage), image_size, storage, max_bytes)
 
 
 def _find(source: str, name: PartName, storage: Storage) -> SourcePart:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refilled.config import RunConfig
+from refilled.config.embedding_cache import GIB
 from refilled.data.images import ImageSet
 from refilled.data.label_space import (
     LabelSpaces,
@@ -21,6 +22,7 @@ from refilled.data.label_space import (
     order_classes,
     select_classes,
 )
+from refilled.data.pixels import Pixels, chunks, free_bytes
 from refilled.data.sources import load_test, load_train
 from refilled.errors import UserError
 from refilled.models.foreign import input_config
@@ -82,8 +84,8 @@ def _teacher_input(config: RunConfig, storage: Storage) -> TeacherInput | None:
     """
     if config.teacher_data not in (None, config.data):
         assert config.teacher_data is not None
-        own, normalization = _load_all(config.teacher_data, config.image_size, storage)
-        channels = _load_all(config.data, config.image_size, storage)[0].images.shape[1]
+        own, normalization = _load_all(config.teacher_data, config.image_size, storage, max_bytes_of(config))
+        channels = _load_all(config.data, config.image_size, storage, max_bytes_of(config))[0].images.shape[1]
         if own.images.shape[1] < channels:
             raise UserError(
                 f"teacher_data must have images with {channels} channels, as many as data has, got "
@@ -160,7 +162,18 @@ def load_task(config: RunConfig, storage: Storage) -> Task:
         storage,
         images_per_class=config.images_per_class,
         teacher_input=_teacher_input(config, storage),
+        max_bytes=max_bytes_of(config),
     )
+
+
+def max_bytes_of(config: RunConfig) -> int:
+    """What a run's images may take of memory: what it says, else half of what was free when first asked."""
+    return _half_of_free() if config.max_image_gib is None else int(config.max_image_gib * GIB)
+
+
+@functools.cache
+def _half_of_free() -> int:
+    return free_bytes() // 2
 
 
 def spaces_of(config: RunConfig, storage: Storage) -> LabelSpaces:
@@ -168,7 +181,7 @@ def spaces_of(config: RunConfig, storage: Storage) -> LabelSpaces:
 
     Classes that the data declares and has no training image of are left out, with a line that says so.
     """
-    image_set, _ = _load_all(config.data, config.image_size, storage)
+    image_set, _ = _load_all(config.data, config.image_size, storage, max_bytes_of(config))
     ordered = _filled(config.class_order, image_set)
     if not config.is_explicit:
         return label_spaces(
@@ -183,7 +196,7 @@ def spaces_of(config: RunConfig, storage: Storage) -> LabelSpaces:
     if config.teacher_data in (None, config.data):
         return LabelSpaces(teacher=_listed(config, "teacher_classes", image_set) or ordered, student=student)
     assert config.teacher_data is not None
-    of_teacher, _ = _load_all(config.teacher_data, config.image_size, storage)
+    of_teacher, _ = _load_all(config.teacher_data, config.image_size, storage, max_bytes_of(config))
     teacher = _listed(config, "teacher_classes", of_teacher) or _filled("alphabetical", of_teacher)
     return LabelSpaces(teacher=teacher, student=student, teacher_digest=of_teacher.digest)
 
@@ -215,13 +228,14 @@ def _say_empty(num_declared: int, empty: tuple[str, ...]) -> None:
 
 def load_test_images(config: RunConfig, storage: Storage, classes: tuple[str, ...]) -> ImageSet:
     """The test images of some classes. Only a refit reads them, after selection (invariant 1)."""
-    image_set = load_test(config.data, storage=storage, image_size=config.image_size)
-    return select_classes(image_set, torch.arange(len(image_set.labels)), classes)
+    max_bytes = max_bytes_of(config)
+    image_set = load_test(config.data, storage=storage, image_size=config.image_size, max_bytes=max_bytes)
+    return select_classes(image_set, torch.arange(len(image_set.labels)), classes, max_bytes)
 
 
 @functools.lru_cache(maxsize=2)
-def _load_all(source: str, image_size: int | None, storage: Storage) -> tuple[ImageSet, Normalization]:
-    image_set = load_train(source, storage=storage, image_size=image_size)
+def _load_all(source: str, image_size: int | None, storage: Storage, max_bytes: int) -> tuple[ImageSet, Normalization]:
+    image_set = load_train(source, storage=storage, image_size=image_size, max_bytes=max_bytes)
     return image_set, _measure(image_set.images)
 
 
@@ -236,12 +250,14 @@ def _load_task(
     *,
     images_per_class: int | None,
     teacher_input: TeacherInput | None,
+    max_bytes: int,
 ) -> Task:
-    image_set, normalization = _load_all(source, image_size, storage)
+    image_set, normalization = _load_all(source, image_size, storage, max_bytes)
     _require_images(image_set, spaces.student, images_per_class)
     split = hold_out(image_set, fraction=val_fraction, seed=split_seed, images_per_class=images_per_class)
-    validation = select_classes(image_set, split.validation, spaces.student) if len(split.validation) else None
-    train = select_classes(image_set, split.train, spaces.student)
+    held = len(split.validation)
+    validation = select_classes(image_set, split.validation, spaces.student, max_bytes) if held else None
+    train = select_classes(image_set, split.train, spaces.student, max_bytes)
     for_teacher = None
     if teacher_input is not None:
         side = train.images.shape[2]
@@ -249,8 +265,8 @@ def _load_task(
         is_decoded = image_size is not None and teacher_input.size not in (None, image_size)
         seen = train
         if is_decoded:
-            larger, _ = _load_all(source, teacher_input.size, storage)
-            seen = select_classes(larger, split.train, spaces.student)
+            larger, _ = _load_all(source, teacher_input.size, storage, max_bytes)
+            seen = select_classes(larger, split.train, spaces.student, max_bytes)
         as_seen = _teacher_normalization(teacher_input, normalization, None if is_decoded else side)
         for_teacher = TeacherImages(seen, as_seen)
     return Task(
@@ -283,15 +299,17 @@ def _require_images(image_set: ImageSet, classes: tuple[str, ...], images_per_cl
         )
 
 
-def _measure(images: Tensor) -> Normalization:
+def _measure(images: Pixels) -> Normalization:
     """Exact mean and standard deviation a channel from a histogram of the 256 levels."""
     num_channels = images.shape[1]
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean, std = torch.empty(num_channels, dtype=torch.float64), torch.empty(num_channels, dtype=torch.float64)
-    for channel in range(num_channels):
-        histogram = torch.zeros(256, dtype=torch.float64)
-        for part in torch.split(images[:, channel], 4096):  # bincount counts in int64, eight times the pixels' size
-            histogram += torch.bincount(part.flatten(), minlength=256)
+    histograms = torch.zeros(num_channels, 256, dtype=torch.float64)
+    for chunk in chunks(images):
+        for part in torch.split(chunk, 4096):  # bincount counts in int64, eight times the pixels' size
+            for channel in range(num_channels):
+                histograms[channel] += torch.bincount(part[:, channel].flatten(), minlength=256)
+    for channel, histogram in enumerate(histograms):
         share = histogram / histogram.sum()
         mean[channel] = (share * levels).sum()
         std[channel] = (share * (levels - mean[channel]) ** 2).sum().sqrt()

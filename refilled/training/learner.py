@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from refilled import batch_norm, distributed
 from refilled.config import RunConfig, TermConfig
+from refilled.data.pixels import Pixels, on_device
 from refilled.data.views import Views
 from refilled.keyed import derive_seed
 from refilled.metrics import EpochMetrics
@@ -47,7 +48,7 @@ class Learner:
         student: The network that is trained.
         trained: The student as the steps run it: itself, or compiled.
         views: The augmentation.
-        images: Uint8 [N, C, H, W], the whole training set on the device.
+        images: Uint8 [N, C, H, W], the whole training set, on the device where it fits.
         terms: Terms of the present stage.
     """
 
@@ -58,7 +59,7 @@ class Learner:
     student: Model
     trained: Callable[..., Output]
     views: Views
-    images: Tensor
+    images: Pixels
     terms: nn.ModuleList
 
     @property
@@ -93,7 +94,7 @@ def make_learner(config: RunConfig, task: Task, teacher: LoadedTeacher | None, c
         student=student,
         trained=torch.compile(student) if config.compile else student,
         views=Views(config.views),
-        images=task.train.images.to(compute.device, memory_format=torch.channels_last),  # as views are rendered
+        images=on_device(task.train.images, compute.device),  # channels-last, as views are rendered
         terms=nn.ModuleList(),
     )
 

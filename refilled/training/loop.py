@@ -10,6 +10,7 @@ run's numbers depend on its configuration, data and seed, not on the workers or 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ import torch
 from refilled import distributed
 from refilled.brought import start_from_weights
 from refilled.config import RunConfig
-from refilled.data.batches import epoch_batches, num_batches
+from refilled.data.batches import Batch, epoch_batches, num_batches
+from refilled.data.pixels import StoredPixels
 from refilled.keyed import derive_seed
 from refilled.metrics import EpochMetrics, Report
 from refilled.stages import Stage, check, check_classes, needs_teacher, num_epochs_of, stages_of
@@ -125,16 +127,15 @@ def _epoch(
     loss_sum, norm_sum, norm_max = torch.zeros(3, dtype=torch.float64, device=learner.compute.device)
     learner.student.train()
     rate = 0.0
-    for number, batch in enumerate(
-        epoch_batches(
-            labels,
-            global_batch_size=config.global_batch_size,
-            seed=config.seed,
-            epoch=epoch,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
-    ):
+    batches = epoch_batches(
+        labels,
+        global_batch_size=config.global_batch_size,
+        seed=config.seed,
+        epoch=epoch,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    for number, batch in enumerate(_with_images_ahead(learner, batches)):
         rate = learning_rate(stage.schedule, (epoch_of_stage * steps + number) / (stage.num_epochs * steps))
         set_learning_rate(optimizer, rate)
         loss, norm = step(learner, stage, optimizer, batch, epoch)
@@ -160,6 +161,21 @@ def _epoch(
         best_val_accuracy=values.best_val_accuracy,
         best_epoch=values.best_epoch,
     )
+
+
+def _with_images_ahead(learner: Learner, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; while the caller is at one, the images of the next are gathered, if they are in a file."""
+    images = learner.images
+    if not isinstance(images, StoredPixels):
+        yield from batches
+        return
+    batch = next(batches, None)
+    while batch is not None:
+        following = next(batches, None)
+        if following is not None:
+            images.expect(following.share)
+        yield batch
+        batch = following
 
 
 class _Validation(NamedTuple):

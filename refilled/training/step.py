@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from refilled import distributed
 from refilled.data.batches import Batch
+from refilled.data.pixels import gather
 from refilled.keyed import derive_seed, keyed_uint64
 from refilled.stages import Stage
 from refilled.terms import GlobalBatch, Local, TeacherOutput, Term
@@ -50,7 +51,8 @@ def _local(learner: Learner, stage: Stage, batch: Batch, epoch: int) -> Local:
     config, compute = learner.config, learner.compute
     share = batch.share.to(compute.device, non_blocking=True)
     view_ids = learner.views.draw(share, seed=config.seed, epoch=epoch)
-    images = compute.place_images(learner.views.render(learner.images[share], view_ids), learner.task.normalization)
+    pixels = gather(learner.images, share)
+    images = compute.place_images(learner.views.render(pixels, view_ids), learner.task.normalization)
     keys = keyed_uint64(derive_seed(config.seed, "dropout"), epoch, share) if config.optimizer.dropout else None
     output = compute.forward(learner.trained, images, keys)
     teacher = None
