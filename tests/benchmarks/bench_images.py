@@ -2,8 +2,9 @@
 
     python tests/benchmarks/bench_images.py --side 64 --student wrn-16-1 --batch 128
 
-Each kind runs in a process of its own; steps are timed in alternating rounds of both. Memory is what the process holds
-beyond its start (anonymous and file pages), at its highest.
+Each kind runs in a process of its own; steps are timed in alternating rounds of both. Memory is what the processes hold
+(anonymous and file pages) at their highest; what steps take beside images is that of the process that had its images
+before the first step.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def main() -> None:
             pipe.send(0)
     print(f"{count} images of {given.side} pixels, {given.mib} MiB; bound {given.mib // 4} MiB; losses equal")
     print(f"step from the file / in memory: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
-    print(f"resident beyond the start: {memory[0]:.0f} MiB in memory, {memory[1]:.0f} MiB from the file")
+    print(f"resident for images: {given.mib} MiB in memory, {memory[1] - memory[0]:.0f} MiB from the file")
 
 
 if __name__ == "__main__":
