@@ -29,7 +29,8 @@ from refilled.training.compute import Compute
 
 # An example of every family that there is, the smallest first, and a network of the user's.
 EXAMPLES = [re.findall(r"\(([^)]+)\)", family.form)[-1] for family in _FAMILIES]
-STUDENTS = list(dict.fromkeys(["convnet-8", "wrn-16-1", *EXAMPLES, "own/net.py:Tiny"]))
+OTHERS = ["own/net.py:Tiny", "torchvision:resnet18", "timm:mobilenetv3_small_050"]
+STUDENTS = list(dict.fromkeys(["convnet-8", "wrn-16-1", *EXAMPLES, *OTHERS]))
 # Which way it goes depends on the pixels, which no exported program can follow.
 BRANCHES = """
 from refilled.models.convnet import ConvNet
@@ -80,13 +81,14 @@ def test_files_agree_with_the_student_on_all_test_images(
     record = write_student_files(folder, origin(run, folder), classes, FORMATS, num_threads=1)
     test, student = load_test_images(run, storage, classes), Student.open(folder.model_path)
     expected = student.logits(test.images)
+    tolerance = TOLERANCE * max(1.0, float(expected.abs().max()) / 100)  # after an epoch some say thousands
     for form in FORMATS:
         said, path = record["export"][form], export_path(folder, form)
-        assert said["max_logit_difference"] < TOLERANCE
+        assert said["max_logit_difference"] < tolerance
         assert said["test_accuracy"] == folder.test_accuracy()
         run_file = open_file(form, path, 1)
         for images in (test.images, test.images[:1], test.images[:33]):  # any number of images
-            assert float((run_file(images) - expected[: len(images)]).abs().max()) < TOLERANCE
+            assert float((run_file(images) - expected[: len(images)]).abs().max()) < tolerance
         assert said["file_bytes"] == path.stat().st_size > 4 * record["parameters"]
         assert list(said["latency"]) == ["1", "32"]
         for each in said["latency"].values():

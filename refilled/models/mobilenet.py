@@ -91,7 +91,7 @@ def _sizes(groups: tuple[str, ...]) -> tuple[int | float, ...]:
 
 
 FAMILY = Family(
-    form="mobilenet-WIDTH (mobilenet-0.5; mobilenet-0.5-stem2 says the stem's stride)",
+    form="mobilenet-WIDTH, or mobilenet-WIDTH-stem2 for a stem of stride 2 (mobilenet-0.5)",
     pattern=re.compile(r"mobilenet-((?:0|[1-9][0-9]?)(?:\.[0-9]{0,3}[1-9])?)(?:-stem([12]))?"),
     is_valid=lambda width, _: 1 / 16 <= width <= 16,
     build=MobileNet,
