@@ -52,7 +52,7 @@ def write_student_files(
     """
     assert folder.test_accuracy() is not None, "the refit comes first (invariant 1)"
     storage = folder.storage
-    storage.fetch(folder.model_path)
+    storage.pull(folder.path)  # with the configuration, which says how precise the student is
     student = Student.open(folder.model_path)
     digest = hashlib.sha256(folder.model_path.read_bytes()).hexdigest()
     record = read_record(folder)

@@ -156,7 +156,8 @@ class ObjectStorage(Storage):
     def complete(self, folder: Path, last: str) -> None:
         """Upload a folder again unless the store has the file that is written last."""
         if self._about(folder / last) is None:
-            files = sorted((each for each in folder.iterdir() if self._is_uploaded(each)), key=lambda x: x.name == last)
+            files = [each for each in folder.rglob("*") if each.is_file() and self._is_uploaded(each)]
+            files.sort(key=lambda path: path == folder / last)
             for each in files:
                 self._put(each)
 
