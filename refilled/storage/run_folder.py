@@ -8,6 +8,8 @@ model.pt         the student at the end, with what is needed to use it
 result.json      the last row; there only when the run is finished
 test.json        what a refit read from the test set, once
 
+Beside them lie a winner's files for others to take: see `refilled.student_files`, and `model/`, MLflow's.
+
 Every worker of a group reads the folder, which on machines without a common one is a copy; only rank 0 writes.
 """
 
