@@ -5,7 +5,8 @@ So it imports what the model's requirements name and nothing of ours, and says a
 program.
 
 Input: a column `image` of paths or of encoded images (bytes), of a frame whose index has a 0, since MLflow looks there;
-or a uint8 array [N, C, H, W] of the size of the training images. Output: a row an image with `class_name`, its `probability`, and `probabilities`, of all classes in their order.
+or a uint8 array [N, C, H, W] of the size of the training images. Output: a row an image with `class_name`, its
+`probability`, and `probabilities`, of all classes in their order.
 """
 
 from __future__ import annotations
