@@ -1,4 +1,7 @@
-"""Accuracy over overlap, drawn as in Figure 5 of the paper; takes tables, asks nobody, touches no global state."""
+"""Accuracy over overlap and over images a class, as in Figures 5 and 6b of the paper; takes tables, asks nobody.
+
+Global state is not touched.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.summary import in_order
-from analysis.tables import pair_name, plain_text, require_one_search
+from analysis.summary import CELL, as_images, in_order, numbers_of_images
+from analysis.tables import images_text, images_title, overlap_text, pair_name, plain_text, require_one_search
 from refilled.methods import SHORT_VANILLA, VANILLA
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ _LONGEST_NAME = 40  # characters of a name in a title or legend
 _LONGEST_TITLE = 44  # characters of a panel's title in one line
 _PANELS_A_ROW = 4
 _PANEL_SIZE = (3.6, 3.0)  # inches
+_PAST_ENDS = 2.0  # per cent that are drawn beyond 0 and 100, so that a point there is whole
 _LEGEND_LINE = 0.19  # inches
 _LEGEND_CHARACTERS = 14  # an inch
 _LEGEND_SYMBOL = 7  # characters that what stands beside a name is wide
@@ -47,13 +51,18 @@ class _Style:
     marker: str
     line: str
     fill: str
-    place: float  # among the methods of one overlap ratio, 0 in the middle, as a share of the distance between ratios
+    place: float  # among the methods at one place of the axis, 0 in the middle, as a share of the distance of places
+
+
+_Draw = Callable[["Axes", "pd.DataFrame", Mapping[str, _Style]], dict[str, "Line2D"]]
+"""Draws the methods of a panel; returns the lines of those that have one."""
 
 
 def accuracy_over_overlap(cells: pd.DataFrame) -> Figure:
     """One panel a teacher and student, one line a method, that of the vanilla student grey and dashed.
 
-    Methods of the same overlap ratio stand side by side, so that their error bars can be told apart.
+    Methods of the same overlap ratio stand side by side, so that their error bars can be told apart. Students of
+    different numbers of images a class have panels of their own.
 
     Args:
         cells: What `analysis.summary.summarise` returns, of one search.
@@ -65,28 +74,38 @@ def accuracy_over_overlap(cells: pd.DataFrame) -> Figure:
     Raises:
         ValueError: The cells are of several searches, or there are none.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    require_one_search(cells)
-    styles = _styles(cells["method"])
     names = _short_names([*cells["teacher"], *cells["student"]])
-    pairs = list(cells.groupby(["teacher", "student"], sort=True))
-    columns = min(len(pairs), _PANELS_A_ROW)
-    rows = math.ceil(len(pairs) / columns)
-    figure = Figure(figsize=(columns * _PANEL_SIZE[0], rows * _PANEL_SIZE[1]), layout="constrained")
-    FigureCanvasAgg(figure)
-    lines: dict[str, Line2D] = {}
-    for place, ((teacher, student), pair) in enumerate(pairs, start=1):
-        axes = figure.add_subplot(rows, columns, place)
-        lines |= _draw_pair(axes, pair, styles)
-        axes.set_title(_title(names[str(teacher)], names[str(student)]), fontsize=9)
-        if place > len(pairs) - columns:
-            axes.set_xlabel("overlap ratio (%)")
-        if (place - 1) % columns == 0:
-            axes.set_ylabel("test accuracy (%)")
-    _add_legend(figure, {style.label: lines[method] for method, style in styles.items() if method in lines})
-    return figure
+    has_images = numbers_of_images(cells) != [None]
+    panels = []
+    for (teacher, student, number), panel in cells.groupby(CELL[2:], sort=True, dropna=False):
+        title = _title(names[str(teacher)], names[str(student)])
+        panels.append((f"{title}\n{images_title(as_images(number))}" if has_images else title, panel))
+    return _figure(cells, panels, "overlap ratio (%)", _draw_over_overlap)
+
+
+def accuracy_over_images(cells: pd.DataFrame) -> Figure:
+    """Accuracy over the student's training images of each class, drawn as in Figure 6b of the paper.
+
+    One panel an overlap, teacher and student, lines as in `accuracy_over_overlap`. The axis is logarithmic; MLflow does
+    not know how many all images are, so they stand one step right of the largest number. Accuracy ends at 0 and 100 %,
+    whatever the intervals of few seeds reach.
+
+    Args:
+        cells: What `analysis.summary.summarise` returns, of one search.
+
+    Returns:
+        A figure as that of `accuracy_over_overlap`.
+
+    Raises:
+        ValueError: The cells are of several searches, or there are none.
+    """
+    names = _short_names([*cells["teacher"], *cells["student"]])
+    panels = []
+    for (teacher, student, _), panel in cells.groupby(["teacher", "student", "overlap"], sort=True):
+        title = _title(names[str(teacher)], names[str(student)])
+        panels.append((f"{title}\noverlap {overlap_text(panel['overlap'].iloc[0])}", panel))
+    note = " (all: not to scale)" if None in numbers_of_images(cells) else ""
+    return _figure(cells, panels, f"training images a class{note}", _draw_over_images)
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
@@ -121,25 +140,78 @@ def _styles(methods: Iterable[str]) -> dict[str, _Style]:
     return styles
 
 
-def _draw_pair(axes: Axes, pair: pd.DataFrame, styles: Mapping[str, _Style]) -> dict[str, Line2D]:
-    """Draw the methods of a teacher and student; returns the lines of those that have one."""
-    overlaps = [100 * overlap for overlap in sorted(set(pair["overlap"]))]
+def _figure(cells: pd.DataFrame, panels: list[tuple[str, pd.DataFrame]], xlabel: str, draw: _Draw) -> Figure:
+    """Panels with their titles side by side, and one legend below them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    require_one_search(cells)
+    styles = _styles(cells["method"])
+    columns = min(len(panels), _PANELS_A_ROW)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(columns * _PANEL_SIZE[0], rows * _PANEL_SIZE[1]), layout="constrained")
+    FigureCanvasAgg(figure)
+    lines: dict[str, Line2D] = {}
+    for place, (title, panel) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        lines |= draw(axes, panel, styles)
+        axes.grid(axis="y", linewidth=0.5, alpha=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(title, fontsize=9)
+        if place > len(panels) - columns:
+            axes.set_xlabel(xlabel)
+        if (place - 1) % columns == 0:
+            axes.set_ylabel("test accuracy (%)")
+    _add_legend(figure, {style.label: lines[method] for method, style in styles.items() if method in lines})
+    return figure
+
+
+def _draw_over_overlap(axes: Axes, panel: pd.DataFrame, styles: Mapping[str, _Style]) -> dict[str, Line2D]:
+    """Draw the methods of a panel; returns the lines of those that have one."""
+    overlaps = [100 * overlap for overlap in sorted(set(panel["overlap"]))]
     distance = min((b - a for a, b in itertools.pairwise(overlaps)), default=10.0)
     drawn = {}
     for method, style in styles.items():
-        known = pair[(pair["method"] == method) & pair["mean"].notna()].sort_values("overlap")
+        known = panel[(panel["method"] == method) & panel["mean"].notna()].sort_values("overlap")
         if len(known):
-            drawn[method] = _draw_line(axes, known, style, shift=style.place * distance)
+            places = [overlap + style.place * distance for overlap in _in_percent(known["overlap"])]
+            drawn[method] = _draw_line(axes, places, known, style)
     axes.set_xticks(overlaps)
     axes.set_xlim(min(overlaps) - distance, max(overlaps) + distance)  # so that points of one overlap stand together
-    axes.grid(axis="y", linewidth=0.5, alpha=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
     return drawn
 
 
-def _draw_line(axes: Axes, known: pd.DataFrame, style: _Style, *, shift: float) -> Line2D:
+def _draw_over_images(axes: Axes, panel: pd.DataFrame, styles: Mapping[str, _Style]) -> dict[str, Line2D]:
+    """As `_draw_over_overlap`."""
+    places, step = _places_of_images(numbers_of_images(panel))
+    drawn = {}
+    for method, style in styles.items():
+        known = panel[(panel["method"] == method) & panel["mean"].notna()].sort_values("images_per_class")
+        if len(known):
+            shift = step**style.place
+            drawn[method] = _draw_line(
+                axes, [places[as_images(number)] * shift for number in known["images_per_class"]], known, style
+            )
+    axes.set_xscale("log")
+    axes.set_xticks([*places.values()], [images_text(number) for number in places])
+    axes.minorticks_off()
+    margin = math.sqrt(step)
+    axes.set_xlim(min(places.values()) / margin, max(places.values()) * margin)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -_PAST_ENDS), min(high, 100 + _PAST_ENDS))
+    return drawn
+
+
+def _places_of_images(numbers: Sequence[int | None]) -> tuple[dict[int | None, float], float]:
+    """Where numbers of images a class stand on a logarithmic axis, and the smallest factor between two of them."""
+    known = [float(number) for number in numbers if number is not None] or [1.0]
+    factors = [b / a for a, b in itertools.pairwise(known)] or [2.0]
+    return {number: known[-1] * factors[-1] if number is None else float(number) for number in numbers}, min(factors)
+
+
+def _draw_line(axes: Axes, places: Sequence[float], known: pd.DataFrame, style: _Style) -> Line2D:
     drawn = axes.errorbar(
-        [overlap + shift for overlap in _in_percent(known["overlap"])],
+        places,
         _in_percent(known["mean"]),
         yerr=_in_percent(known["ci95"]),
         label=style.label,

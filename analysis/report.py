@@ -3,9 +3,10 @@
     python analysis/report.py --experiment NAME [--tracking-uri URI] [--out DIR] [--search KEY]
 
 writes to DIR: `overlap_table.md`, `accuracy_over_overlap.png` and `.pdf`, `cells.csv` (one row a cell and method, which
-leads from every number to its run ids) and `differences.csv` (every pair of methods of a cell). Without a tracking URI
-it reads the SQLite file that a search keeps in the folder `runs`; without a key it takes the search that was started
-last.
+leads from every number to its run ids) and `differences.csv` (every pair of methods of a cell). Of a search over
+several numbers of images a class there are also `accuracy_over_images.png` and `.pdf`, and the CSV files have the
+column `images_per_class`, empty where a student had all. Without a tracking URI it reads the SQLite file that a search
+keeps in the folder `runs`; without a key it takes the search that was started last.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.plots import accuracy_over_overlap, save_figure
+from analysis.plots import accuracy_over_images, accuracy_over_overlap, save_figure
 from analysis.runs import ALL_SEARCHES, fetch_runs
-from analysis.summary import differences, summarise
+from analysis.summary import differences, numbers_of_images, summarise
 from analysis.tables import document, overlap_table, plain_text
 from refilled.command import new_app, run_app
 from refilled.errors import UserError
@@ -76,14 +77,20 @@ def write_report(cells: pd.DataFrame, experiment: str, out: Path) -> list[Path]:
     Raises:
         UserError: The folder cannot be written.
     """
+    numbers = numbers_of_images(cells)
+    figures = {"accuracy_over_overlap": accuracy_over_overlap(cells)}
+    if len(numbers) > 1:
+        figures["accuracy_over_images"] = accuracy_over_images(cells)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as temporary:
             folder = Path(temporary)
             (folder / "overlap_table.md").write_text(document(cells, experiment), encoding="utf-8")
-            save_figure(accuracy_over_overlap(cells), folder / "accuracy_over_overlap")
+            for name, figure in figures.items():
+                save_figure(figure, folder / name)
             for name, table in (("cells.csv", cells), ("differences.csv", differences(cells))):
-                _flat(table).to_csv(folder / name, index=False)
+                told = table.drop(columns="images_per_class") if numbers == [None] else table
+                _flat(told).to_csv(folder / name, index=False)
             written = sorted(folder.iterdir())
             for path in written:
                 os.replace(path, out / path.name)

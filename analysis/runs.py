@@ -26,6 +26,7 @@ COLUMNS = (
     "overlap",
     "teacher",
     "student",
+    "images_per_class",
     "method",
     "seed",
     "trial",
@@ -49,9 +50,9 @@ def fetch_runs(tracking_uri: str, experiment: str, *, search_key: str | None = N
 
     Returns:
         The columns `COLUMNS`, then one column `params.NAME` for every setting, as text. `overlap`, `val_accuracy` (the
-        best of the run) and `test_accuracy` are floats, `seed` and `trial` nullable integers, `winner` is a bool,
-        `start_time` a UTC time; `teacher` is `none` for a run that needs none. A search without runs gives an empty
-        table.
+        best of the run) and `test_accuracy` are floats, `images_per_class` (NA: all), `seed` and `trial` nullable
+        integers, `winner` is a bool, `start_time` a UTC time; `teacher` is `none` for a run that needs none. A search
+        without runs gives an empty table.
 
     Raises:
         UserError: MLflow does not answer or the file does not exist; there is no such experiment or search.
@@ -125,6 +126,7 @@ def _row(run: Run, search_key: str) -> dict[str, Any]:
             "run_id": run.info.run_id,
             "search_key": search_key,
             "overlap": _number(tags.get("overlap")),
+            "images_per_class": _number(tags.get("images_per_class")),
             "seed": _number(tags.get("seed")),
             "trial": _number(tags.get("trial")),
             "status": run.info.status,
@@ -144,7 +146,7 @@ def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=[*COLUMNS, *settings])
     for name in ("overlap", "val_accuracy", "test_accuracy"):
         table[name] = table[name].astype(float)
-    for name in ("seed", "trial"):
+    for name in ("images_per_class", "seed", "trial"):
         table[name] = table[name].astype("Int64")
     table["winner"] = table["winner"].astype(bool)
     table["start_time"] = pd.to_datetime(table["start_time"], unit="ms", utc=True)

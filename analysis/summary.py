@@ -14,7 +14,7 @@ from refilled.statistics import mean_and_ci95
 if TYPE_CHECKING:
     import pandas as pd
 
-CELL = ["search_key", "overlap", "teacher", "student"]
+CELL = ["search_key", "overlap", "teacher", "student", "images_per_class"]
 COLUMNS = (
     *CELL,
     "method",
@@ -35,6 +35,7 @@ COLUMNS = (
 )
 DIFFERENCE_COLUMNS = (*CELL, "method", "other", "mean", "ci95", "num_pairs")
 
+_TYPES = {"images_per_class": "Int64"}
 _KINDS = ("trial", "refit")
 _ROLE_OF_SHORT = "baseline_short"
 _ROLES = ("method", _ROLE_OF_SHORT)
@@ -43,16 +44,17 @@ _ROLES = ("method", _ROLE_OF_SHORT)
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """One row a method of a cell.
 
-    What was run without a teacher, such as the vanilla student, stands in every cell of its search, overlap and
-    student, and in a cell of teacher `NO_TEACHER` where there is none. The vanilla student's refits with the classifier
-    stage's epochs alone are the method `SHORT_VANILLA`. Only finished refits with a test accuracy count; of two with
-    the same seed (the search went on and found another winner) the later one.
+    What was run without a teacher, such as the vanilla student, stands in every cell of its search, overlap, student
+    and images a class, and in a cell of teacher `NO_TEACHER` where there is none. The vanilla student's refits with the
+    classifier stage's epochs alone are the method `SHORT_VANILLA`. Only finished refits with a test accuracy count; of
+    two with the same seed (the search went on and found another winner) the later one.
 
     Args:
         runs: What `analysis.runs.fetch_runs` returns.
 
     Returns:
-        The columns `COLUMNS`, accuracies in [0, 1], sorted by cell, methods as in `in_order`. Differences are to the
+        The columns `COLUMNS`, accuracies in [0, 1], sorted by cell, methods as in `in_order`. `images_per_class` is a
+        nullable integer; NA means all images of a class and comes last. Differences are to the
         vanilla student of the cell, between refits of the same seed; without any they are NaN, and so are the vanilla
         student's own. `run_ids` are the winning trial's and its refits'.
 
@@ -62,14 +64,14 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    for cell, of_cell in _placed(runs).groupby(CELL, sort=True):
+    for cell, of_cell in _placed(runs).groupby(CELL, sort=True, dropna=False):
         methods = {str(method): _of_method(of_method) for method, of_method in of_cell.groupby("method")}
         for method in in_order(methods):
             place = dict(zip(CELL, cell, strict=True)) | {"method": method}
             rows.append(place | methods[method] | _to_vanilla(method, methods))
     if not any(row["test_accuracy"] for row in rows):
         raise UserError("experiment: the search has no finished refit yet, so that there is no test accuracy to report")
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(_TYPES)
 
 
 def differences(cells: pd.DataFrame) -> pd.DataFrame:
@@ -85,13 +87,13 @@ def differences(cells: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    for cell, of_cell in cells.groupby(CELL, sort=True):
+    for cell, of_cell in cells.groupby(CELL, sort=True, dropna=False):
         methods = {str(row["method"]): row for row in of_cell.to_dict("records")}
         for other, method in itertools.combinations(in_order(methods), 2):
             names = dict(zip(CELL, cell, strict=True)) | {"method": method, "other": other}
             mean, ci95, num_pairs = _paired_difference(methods[method], methods[other])
             rows.append(names | {"mean": mean, "ci95": ci95, "num_pairs": num_pairs})
-    return pd.DataFrame(rows, columns=list(DIFFERENCE_COLUMNS))
+    return pd.DataFrame(rows, columns=list(DIFFERENCE_COLUMNS)).astype(_TYPES)
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
@@ -99,19 +101,33 @@ def in_order(methods: Iterable[str]) -> list[str]:
     return sorted(set(methods), key=lambda method: (method != VANILLA, method != SHORT_VANILLA, method))
 
 
+def as_images(value: object) -> int | None:
+    """A number of images a class as tables hold it; None: all of them."""
+    import pandas as pd
+
+    return None if pd.isna(value) else int(value)  # type: ignore[call-overload]  # whatever number a column has
+
+
+def numbers_of_images(cells: pd.DataFrame) -> list[int | None]:
+    """The different numbers of images a class, in ascending order, None (all of them) last."""
+    found = {as_images(value) for value in cells["images_per_class"]}
+    return sorted(found, key=lambda images: math.inf if images is None else images)
+
+
 def _placed(runs: pd.DataFrame) -> pd.DataFrame:
     """Trials and refits under the cells and methods that show them; one without a teacher may be under several."""
     import pandas as pd
 
     placed = runs[runs["kind"].isin(_KINDS) & runs["role"].isin(_ROLES)]
-    shared_by = ["search_key", "overlap", "student"]
-    with_teacher = placed[placed["teacher"] != NO_TEACHER]
-    beside = {key: sorted(set(of_key["teacher"])) for key, of_key in with_teacher.groupby(shared_by)}
+    images = placed["images_per_class"].astype("Int64").fillna(0)  # a missing value is no key; no run has 0 images
+    keys = list(zip(placed["search_key"], placed["overlap"], placed["student"], images, strict=True))
+    beside: dict[tuple[Any, ...], set[str]] = {}
+    for key, teacher in zip(keys, placed["teacher"], strict=True):
+        if teacher != NO_TEACHER:
+            beside.setdefault(key, set()).add(teacher)
     teachers = [
-        beside.get((run["search_key"], run["overlap"], run["student"]), [NO_TEACHER])
-        if run["teacher"] == NO_TEACHER
-        else [run["teacher"]]
-        for run in placed.to_dict("records")
+        sorted(beside.get(key, {NO_TEACHER})) if teacher == NO_TEACHER else [teacher]
+        for key, teacher in zip(keys, placed["teacher"], strict=True)
     ]
     methods = placed["method"].mask(placed["role"] == _ROLE_OF_SHORT, SHORT_VANILLA)
     listed = placed.assign(teacher=pd.Series(teachers, index=placed.index, dtype=object), method=methods)

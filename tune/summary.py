@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -171,9 +171,11 @@ def table(results: Sequence[dict[str, Any]], seeds: int) -> Table:
     """The objects of `summary.json` as a table for people, a line a method, cell by cell; accuracies in per cent."""
     of = f"mean ± 95 % interval over {seeds} seeds" if seeds > 1 else "one seed, so no interval"
     shown = Table(title=f"Accuracy in %; test: {of}; differences are paired by seed")
+    has_images = any(each["images_per_class"] is not None for each in results)
     for name, justify in (
         ("overlap", "right"),
         ("teacher > student", "left"),
+        *([("images a class", "right")] if has_images else []),
         ("method", "left"),
         ("winner's settings", "left"),
         ("trials", "right"),
@@ -183,23 +185,40 @@ def table(results: Sequence[dict[str, Any]], seeds: int) -> Table:
     ):
         # A composition or a path is folded: its end is what tells it from others.
         shown.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]  # rich's literal
-    for _, group in itertools.groupby(results, lambda each: (each["overlap"], each["teacher"], each["student"])):
+    for place, group in _by_place(results).items():
+        where = [f"{place.overlap:g}", f"{place.teacher} > {place.student}"]
+        if has_images:
+            where.append("all" if place.images_per_class is None else str(place.images_per_class))
         for each in group:
-            shown.add_row(*_cells(each))
+            shown.add_row(*where, *_cells(each))
             if each["method"] == VANILLA and each["baseline_short_run_keys"] != each["run_keys"]:
-                shown.add_row("", "", SHORT_VANILLA, "", "", "", _interval(each["baseline_short_test_accuracy"]), "")
+                short = _interval(each["baseline_short_test_accuracy"])
+                shown.add_row(*("" for _ in where), SHORT_VANILLA, "", "", "", short, "")
         shown.add_section()
     return shown
 
 
+def _by_place(results: Sequence[dict[str, Any]]) -> dict[Place, list[dict[str, Any]]]:
+    """Rows by their cell of the grid, in the order of the search, but the images of a class ascending, all last."""
+    found: dict[Place, list[dict[str, Any]]] = {}
+    for row in results:
+        found.setdefault(_place(row), []).append(row)
+    networks = list(dict.fromkeys(place[:3] for place in found))
+    order = sorted(found, key=lambda place: (networks.index(place[:3]), place.images_per_class or math.inf))
+    return {place: found[place] for place in order}
+
+
+def _place(row: Mapping[str, Any]) -> Place:
+    return Place(*(row[name] for name in Place._fields))
+
+
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line of the table from its method on."""
     baseline = row["baseline_test_accuracy"]
     difference = ""
     if baseline is not None and row["method"] != VANILLA:
         difference = _interval([a - b for a, b in zip(row["test_accuracy"], baseline, strict=True)], "+")
     return (
-        f"{row['overlap']:g}",
-        f"{row['teacher']} > {row['student']}",
         row["method"],
         settings(row["config"]),
         str(row["trials"]["complete"] + row["trials"]["pruned"]),
@@ -234,20 +253,20 @@ def remarks(results: Sequence[dict[str, Any]]) -> list[str]:
     """What a reader of the table should know: winners at the end of a range, and methods that had unequal trials."""
     lines = []
     for row in results:
-        where = f"{row['overlap']:g} {row['teacher']}>{row['student']} {row['method']}"
+        where = f"{_place(row).name} {row['method']}"
         for edge in row["at_edge"]:
             lines.append(
                 f"{where}: the winner's {edge['name']} {edge['value']:.3g} is at the end of its range "
                 f"{edge['low']:g} .. {edge['high']:g}; a better one may lie beyond."
             )
-    for place, group in itertools.groupby(results, lambda each: (each["overlap"], each["teacher"], each["student"])):
+    for place, group in _by_place(results).items():
         counts = {each["method"]: each["trials"]["complete"] + each["trials"]["pruned"] for each in group}
         if len(set(counts.values())) > 1:
             said = ", ".join(f"{method} {count}" for method, count in counts.items())
-            lines.append(f"{place[0]:g} {place[1]}>{place[2]}: methods had unequal numbers of trials: {said}.")
+            lines.append(f"{place.name}: methods had unequal numbers of trials: {said}.")
     for row in results:
         for form, each in row["export"].items():
-            where = f"{row['overlap']:g} {row['teacher']}>{row['student']} {row['method']}"
+            where = f"{_place(row).name} {row['method']}"
             if "error" in each:
                 lines.append(f"{where}: {each['error']}")
             elif each["precision"] == "float32" and each["max_logit_difference"] > TOLERANCE:

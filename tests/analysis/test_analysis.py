@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from analysis_runs import Search
 
 from analysis.plots import accuracy_over_overlap, save_figure
 from analysis.report import app
@@ -25,27 +26,6 @@ TESTS = {
     "refilled": {0.0: [0.70, 0.72, 0.74], 0.4: [0.80]},
     "student": {0.0: [0.69, 0.70, 0.68], 0.4: [0.79]},
 }
-
-
-class Search:
-    """Writes runs as the platform does, through the tracker."""
-
-    def __init__(self, tracker, folder):
-        self.tracker, self.folder, self.count = tracker, folder, 0
-
-    def run(self, status="FINISHED", val=None, test=None, **tags):
-        self.count += 1
-        key = f"run-{self.count}"
-        tags = {"role": "method", "student": "small", "method": "refilled"} | tags
-        tags = {"teacher": "none" if tags["method"] == "student" else "big|net"} | tags
-        tags |= {"search_key": self.folder.name, "code_version": "abc", "data_digest": "d1"}
-        tags["cell"] = f"{tags['overlap']}-{tags['teacher']}-{tags['student']}"
-        params = {"embedding.temperature": 4.0, "classifier.distill_weight": None}
-        text_tags = {name: str(value) for name, value in tags.items()}
-        self.tracker.open_run(key, name=key, params=params, tags=text_tags, folder=self.folder)
-        metrics = {} if val is None else {"best/val_accuracy": val}
-        self.tracker.close_run(key, status=status, metrics=metrics | ({} if test is None else {"test_accuracy": test}))
-        return key
 
 
 def write_search(tracker, key, folder):

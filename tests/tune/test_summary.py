@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,6 +238,56 @@ def test_the_table_has_a_line_a_method(storage: Path) -> None:
     ]
     assert "2 seeds" in text
     assert "one seed, so no interval" in printed(table(rows(plan, [result(cell) for cell in plan.cells]), 1))
+
+
+def test_the_table_and_the_remarks_name_the_images_of_a_class_where_they_differ(storage: Path) -> None:
+    plan = planned(storage, images_per_class=("all", 25, 10), methods=(STUDENT, "refilled"))
+    assert len(plan.cells) == 9  # one vanilla student of each number, for both teachers
+    unequal = {"complete": 4, "pruned": 3, "failed": 9}
+    results = [
+        result(
+            cell,
+            short=cell.images_per_class is None,
+            counts=unequal if (cell.teacher, cell.images_per_class) == (LARGE, 25) else {"complete": 8, "pruned": 0},
+            edges=edges({"classifier.schedule.learning_rate": 2.0}, cell.run)
+            if (cell.teacher, cell.images_per_class) in ((SMALL, 10), (SMALL, None))
+            else [],
+        )
+        for cell in plan.cells
+    ]
+    found = rows(plan, results)
+    assert [each["images_per_class"] for each in found[:6]] == [None, None, 25, 25, 10, 10]
+    text = printed(table(found, 2))
+    lines = [[part.strip() for part in line.split("│")] for line in text.splitlines() if "│" in line]
+    networks = [f"{teacher} > convnet-8" for teacher in (SMALL, LARGE)]
+    of_a_teacher = [("10", STUDENT), ("10", "refilled"), ("25", STUDENT), ("25", "refilled"), ("all", STUDENT)]
+    assert [tuple(each[2:5]) for each in lines if each[4]] == [
+        ("", "", SHORT_VANILLA) if name == SHORT_VANILLA else (network, images, name)
+        for network in networks
+        for images, name in (*of_a_teacher, ("", SHORT_VANILLA), ("all", "refilled"))
+    ]
+    assert text.count("├") == 5  # six cells
+    assert "images a class" in text
+    better = "classifier.schedule.learning_rate 2 is at the end of its range 0.01 .. 2; a better one may lie beyond."
+    assert remarks(found) == [
+        f"0.4 convnet-16>convnet-8 refilled: the winner's {better}",
+        f"0.4 convnet-16>convnet-8 10 a class refilled: the winner's {better}",
+        "0.4 convnet-32>convnet-8 25 a class: methods had unequal numbers of trials: student 8, refilled 7.",
+    ]
+
+
+def test_all_images_alone_need_no_column(storage: Path) -> None:
+    plan = planned(storage)
+    assert "images" not in printed(table(rows(plan, [result(cell) for cell in plan.cells]), 2))
+
+
+def test_champions_of_few_and_of_all_images_have_different_names(storage: Path) -> None:
+    plan = planned(storage, images_per_class=(25, "all"), methods=("refilled",), teachers=(SMALL,))
+    names: list[str] = []
+    recorder = SimpleNamespace(register=lambda _cell, _run, name: names.append(name))
+    found = _registered(plan, [result(cell, student={"mlflow_model": True}) for cell in plan.cells], recorder)  # type: ignore[arg-type]
+    assert names == [f"refilled-digits-convnet-8-from-{SMALL}-overlap-0.4{few}" for few in ("-25-a-class", "")]
+    assert [list(each.registered.values()) for each in found] == [[name] for name in names]
 
 
 def test_settings_are_those_that_are_searched_a_line_a_stage(storage: Path) -> None:
