@@ -82,7 +82,7 @@ def _best_of_search(storage: Path) -> Path:
     try:
         best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
         for row in rows:
-            cell = row["overlap"], row["teacher"], row["student"]
+            cell = row["overlap"], row["teacher"], row["student"], row.get("images_per_class")
             if cell not in best or row["val_accuracy"] > best[cell]["val_accuracy"]:
                 best[cell] = row
         folders = {cell: storage / "runs" / _folder_name(row["run_keys"][0]) for cell, row in best.items()}
@@ -105,8 +105,8 @@ def _folder_name(run_key: str) -> str:
 
 
 def _shown(cell: Sequence[object]) -> str:
-    overlap, teacher, student = cell
-    return f"overlap {overlap:g} {teacher}>{student}"
+    overlap, teacher, student, images = cell
+    return f"overlap {overlap:g} {teacher}>{student}" + ("" if images is None else f" {images} a class")
 
 
 def _list(names: Sequence[object]) -> str:

@@ -243,6 +243,11 @@ def test_a_storage_gives_its_best_student_or_names_the_folders(digits: Refit, tm
     said = rf"students of 2 cells; .*: overlap 0\.4 convnet-32>convnet-8: {other}, overlap 1 .*: .*{name}\.$"
     with pytest.raises(UserError, match=said):
         refilled.load(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps([rows[0], rows[1] | {"images_per_class": 25}]))
+    with pytest.raises(
+        UserError, match=rf"students of 2 cells; .*>convnet-8: .*gone-0, .*>convnet-8 25 a class: {other}"
+    ):
+        refilled.load(tmp_path)
     (other / "model.pt").unlink()
     (tmp_path / "summary.json").write_text(json.dumps(rows[:3]))
     with pytest.raises(UserError, match=r"other-0, which must have a model\.pt, but has not"):

@@ -163,8 +163,10 @@ def _registered(plan: Plan, results: Sequence[MethodResult], recorder: Recorder)
         if best is not None and best.student is not None and best.student["mlflow_model"]:
             kind, colon, path = plan.search.run.data.partition(":")
             data = Path(path).stem if colon else kind
-            where = f"overlap-{place.overlap:g}"
-            name = registered_name(plan.search.experiment, data, place.student, "from", place.teacher, where)
+            where = [f"overlap-{place.overlap:g}"]
+            if place.images_per_class is not None:
+                where.append(f"{place.images_per_class}-a-class")
+            name = registered_name(plan.search.experiment, data, place.student, "from", place.teacher, *where)
             recorder.register(best.cell, best.refits.run, name)
             names.setdefault(best.cell.name, {})[place] = name
     return [dataclasses.replace(result, registered=names.get(result.cell.name, {})) for result in results]

@@ -19,7 +19,10 @@ _FILES = ("config.json", "model.pt")
 MODEL = "model"  # folder of a run's artifacts that is an MLflow model
 CHAMPION = "champion"  # the alias of a registered model's version
 _REGISTERED_MS = "registered_ms"  # tag of a version: when it was said to be the champion
-_TAGS = ("cell", "overlap", "teacher", "student", "method", "seed", "run_key", "data_digest", "code_version")
+_TAGS = (
+    *("cell", "overlap", "teacher", "student", "images_per_class", "method"),
+    *("seed", "run_key", "data_digest", "code_version"),
+)
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")
 _MOST_OF_NAME = 200
 _VARIABLE = "MLFLOW_TRACKING_URI"  # which `mlflow.set_tracking_uri` sets too
