@@ -252,7 +252,9 @@ class _Builder:
                     )
                 try:
                     if failure is None:
-                        file.write(gathered.cpu().numpy().astype(self._layout.numpy_dtype, copy=False).data)
+                        file.write(
+                            gathered.cpu().contiguous().numpy().astype(self._layout.numpy_dtype, copy=False).data
+                        )
                 except OSError as error:  # raised when the others do not wait in a collective
                     failure = error
         if failure is not None:

@@ -16,7 +16,7 @@ from refilled.models import Model
 from refilled.storage.files import read_json
 from refilled.storage.model_file import load_model
 from refilled.storage.tensor_file import load_tensors
-from refilled.tasks.classification import Normalization
+from refilled.tasks.normalization import Normalization
 from refilled.training.compute import Compute
 from refilled.training.evaluation import EVALUATION_BATCH_SIZE
 

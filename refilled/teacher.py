@@ -22,7 +22,8 @@ from refilled.data.pixels import gather
 from refilled.data.views import Views
 from refilled.errors import UserError
 from refilled.identity import identity_of_brought, run_key
-from refilled.models import Model
+from refilled.models import Model, Output
+from refilled.models.adapted import Adapted
 from refilled.stages import own_code
 from refilled.storage import Kind, Storage
 from refilled.storage.model_file import load_model
@@ -35,6 +36,7 @@ from refilled.training.compute import Compute
 from refilled.training.evaluation import class_means
 
 PROTOTYPES = Kind("prototypes")
+ASKED_AT_ONCE = 16  # images, of another library's network on a processor: a multiple of all vector lengths
 
 
 def pretraining_run(config: RunConfig) -> RunConfig:
@@ -236,15 +238,30 @@ class FrozenTeacher:
 
     def output(self, images: Tensor, image_ids: Tensor, view_ids: Tensor) -> TeacherOutput:
         """Embedding, rounded like `embed`'s, and maps, by running the network; arguments as in `embed`."""
-        with torch.no_grad():
-            output = self._compute.forward(self._model, self.images.like(images, image_ids, view_ids))
+        output = self._ask(self.images.like(images, image_ids, view_ids))
         embedding = output.embedding.to(self._rounding).to(self._compute.dtype)
         return TeacherOutput(embedding, tuple(wide(each) for each in output.features))
 
     def embed_live(self, images: Tensor) -> Tensor:
         """Embeddings [B, D] of normalised images as the teacher sees them, by running the network, unrounded."""
-        with torch.no_grad():
-            return self._compute.forward(self._model, images).embedding
+        return self._ask(images).embedding
+
+    @torch.no_grad()
+    def _ask(self, images: Tensor) -> Output:
+        """What the network says of images.
+
+        A processor's convolutions and products of matrices may round an image's numbers otherwise in a batch of another
+        size, as was seen with other libraries' networks: these are asked in batches of one size, the last one filled
+        up, so that a cache holds what a step would be told, whatever the step's batch.
+        """
+        if not isinstance(self._model, Adapted) or images.device.type != "cpu" or not len(images):
+            return self._compute.forward(self._model, images)
+        missing = -len(images) % ASKED_AT_ONCE
+        filled = torch.cat([images, images[:1].expand(missing, *images.shape[1:])])
+        parts = [self._compute.forward(self._model, each) for each in torch.split(filled, ASKED_AT_ONCE)]
+        embedding, logits = (torch.cat(each)[: len(images)] for each in list(zip(*parts, strict=True))[:2])
+        maps = tuple(torch.cat(each)[: len(images)] for each in zip(*(part.features for part in parts), strict=True))
+        return Output(embedding, logits, maps)
 
     def logits(self, embedding: Tensor) -> Tensor:
         """The teacher's own class scores [B, C'] of its embeddings [B, D].

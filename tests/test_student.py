@@ -193,7 +193,7 @@ def test_what_is_no_image_is_one_sentence(digits: Refit, photos: tuple[Refit, Pa
             5, 3, 9, 3, dtype=torch.uint8
         ),
         "image 1 must be a path": [photos[0].test.images[0], 5],
-        "8 bits a channel, got mode F": Image.new("F", (20, 20)),
+        r"does not decode \(floating-point pixels\)": Image.new("F", (20, 20)),
         "images must be paths, Pillow images or uint8 arrays, alone or as a list, got int": 5,
         r"image 0 must be .*, got uint8 \[1, 20, 20, 3\]": [np.zeros((1, 20, 20, 3), np.uint8)],
     }

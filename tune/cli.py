@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field, make_dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -172,7 +171,7 @@ class _Flags:
                 consume_multiple=_is_list(hints[each.name]),
                 negative=None if hints[each.name] in (bool, bool | None) else "",
                 show_default=functools.partial(_default, bounds) if bounds or value is None else None,
-                converter=_whole if _holds_only(hints[each.name], int) else None,
+                converter=_whole if _holds_whole_numbers(hints[each.name]) else None,
             )
             fields.append((each.name, Annotated[hints[each.name], parameter], field(default=value)))
         return _made(type(config).__name__, fields)
@@ -200,13 +199,20 @@ def _is_list(hint: Any) -> bool:
     return typing.get_origin(hint) is tuple or any(map(_is_list, typing.get_args(hint)))
 
 
-def _holds_only(hint: Any, number: type) -> bool:
-    """Whether the numbers that a type takes, be it a list's or optional, are all of this one type."""
+def _holds_whole_numbers(hint: Any) -> bool:
+    """Whether the numbers that a type takes, be it a list's, optional or beside words, are all whole."""
+    leaves = set(_leaves(hint))
+    return int in leaves and float not in leaves
+
+
+def _leaves(hint: Any) -> Iterator[Any]:
     inner = typing.get_args(hint)
     if typing.get_origin(hint) is Annotated:
         inner = inner[:1]
-    found = [_holds_only(each, number) for each in inner if each not in (types.NoneType, ...)]
-    return hint is number if not inner else bool(found) and all(found)
+    if not inner:
+        yield hint
+    for each in inner:
+        yield from _leaves(each)
 
 
 def _whole(hint: Any, tokens: Sequence[Token]) -> Any:

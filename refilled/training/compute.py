@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from refilled.config import Precision
 from refilled.models import Output
-from refilled.tasks.classification import Normalization
+from refilled.tasks.normalization import Normalization
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

@@ -11,7 +11,7 @@ from refilled import distributed
 from refilled.data.images import ImageSet
 from refilled.losses import PrototypeSum
 from refilled.models import Model, Output
-from refilled.tasks.classification import Normalization
+from refilled.tasks.normalization import Normalization
 from refilled.training.compute import Compute
 
 EVALUATION_BATCH_SIZE = 500

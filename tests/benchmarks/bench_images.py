@@ -28,7 +28,8 @@ from refilled.data.label_space import LabelSpaces
 from refilled.data.pixels import Pixels, StoredPixels
 from refilled.presets import smoke
 from refilled.stages import stages_of
-from refilled.tasks.classification import Normalization, Task
+from refilled.tasks.classification import Task
+from refilled.tasks.normalization import Normalization
 from refilled.training.compute import Compute
 from refilled.training.learner import begin_stage, make_learner, optimizer_of
 from refilled.training.loop import _with_images_ahead

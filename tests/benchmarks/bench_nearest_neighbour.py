@@ -22,7 +22,8 @@ from refilled.data.sources import load_test
 from refilled.models import Model
 from refilled.stages import needs_teacher
 from refilled.storage import Storage
-from refilled.tasks.classification import Normalization, load_task
+from refilled.tasks.classification import load_task
+from refilled.tasks.normalization import Normalization
 from refilled.teacher import load_network
 from refilled.training.compute import Compute
 

@@ -43,7 +43,8 @@ from refilled.models import build_model
 from refilled.presets import CIFAR_STUDENTS, cifar100
 from refilled.stages import stages_of
 from refilled.storage import Storage
-from refilled.tasks.classification import Normalization, Task
+from refilled.tasks.classification import Task
+from refilled.tasks.normalization import Normalization
 from refilled.teacher import FrozenTeacher
 from refilled.training.compute import Compute
 from refilled.training.learner import begin_stage, make_learner, optimizer_of

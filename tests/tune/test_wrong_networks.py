@@ -243,7 +243,7 @@ WRONG: Mapping[str, tuple[str, tuple[str, ...]]] = {
     # images a class
     "no images": ("--images-per-class 0", ("images_per_class must be",)),
     "one image": ("--images-per-class 1", ("images_per_class must be",)),
-    "half an image": ("--overlaps 0 --images-per-class 3.5", ("images_per_class",)),
+    "half an image": ("--images-per-class 3.5", ("--images-per-class must be a whole number, got 3.5",)),
     "a word": ("--images-per-class many", ("images-per-class",)),
     "the same twice": ("--images-per-class 4 4", ("images_per_class must be different values",)),
     "more than there are": (
