@@ -13,7 +13,7 @@ from refilled.errors import UserError
 from refilled.presets import PRESETS
 from refilled.stages import with_own_code
 from refilled.storage import Storage
-from refilled.tasks.classification import Task, spaces_of
+from refilled.tasks.classification import left_out, load_task, spaces_of
 
 
 def measured(search: SearchConfig, storage: Storage) -> SearchConfig:
@@ -39,12 +39,17 @@ def measured(search: SearchConfig, storage: Storage) -> SearchConfig:
     return dataclasses.replace(search, overlaps=(overlap,))
 
 
-def remarks(run: RunConfig, task: Task) -> list[str]:
-    """What is taken for granted of a teacher that is brought or of label spaces that are given, for people."""
+def remarks(run: RunConfig, storage: Storage) -> list[str]:
+    """What is taken for granted of classes, and of a teacher that is brought, for people."""
+    lines, task = [], load_task(run, storage)
+    if empty := left_out(run, storage):
+        some = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+        lines.append(f"Left out, since the data has no training image of them: {some} ({len(empty)} classes).")
     if not run.is_explicit:
-        return []
+        return lines
     spaces = task.spaces
-    lines = [describe_teacher(run, task)] if run.teacher_weights is not None else []
+    if run.teacher_weights is not None:
+        lines.append(describe_teacher(run, task))
     if spaces.teacher:
         lines.append(
             f"Overlap {spaces.overlap:g}, by name: {spaces.num_shared} of the student's {len(spaces.student)} classes "

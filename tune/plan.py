@@ -75,7 +75,7 @@ class Plan:
     def remarks(self) -> list[str]:
         """What is taken for granted of a teacher that is brought or of label spaces that are given, for people."""
         first = next((cell for cell in self.cells if cell.teacher != NO_TEACHER), self.cells[0])
-        return remarks(first.run, load_task(first.run, self.storage))
+        return remarks(first.run, self.storage)
 
     def at(self, place: Place) -> dict[str, Cell]:
         """What is compared in a cell of the grid, by method."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +25,6 @@ from refilled.errors import UserError
 from refilled.models.foreign import input_config
 from refilled.storage import Storage
 from refilled.tasks.normalization import Normalization, measure
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ def _half_of_free() -> int:
 def spaces_of(config: RunConfig, storage: Storage) -> LabelSpaces:
     """The explicit class lists of a configuration: the sliding windows, or those that are given.
 
-    Classes that the data declares and has no training image of are left out, with a line that says so.
+    Classes that the data declares and has no training image of are left out.
     """
     image_set, _ = _load_all(config.data, config.image_size, storage, max_bytes_of(config))
     ordered = _filled(config.class_order, image_set)
@@ -184,15 +181,14 @@ def _listed(config: RunConfig, field_name: str, image_set: ImageSet | None) -> t
 def _filled(order: str, image_set: ImageSet) -> tuple[str, ...]:
     """The classes with training images in their order."""
     empty = empty_classes(image_set)
-    if empty:
-        _say_empty(len(image_set.class_names), empty)
     return tuple(name for name in order_classes(order, image_set.class_names) if name not in empty)
 
 
-@functools.lru_cache(maxsize=8)  # once a process, not once a run
-def _say_empty(num_declared: int, empty: tuple[str, ...]) -> None:
-    some = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
-    _log.warning("%d of %d classes have no training image and are left out: %s", len(empty), num_declared, some)
+def left_out(config: RunConfig, storage: Storage) -> tuple[str, ...]:
+    """Classes that a run's data sets declare and have no training image of."""
+    sources = dict.fromkeys([config.data, config.teacher_data or config.data])
+    of_each = (_load_all(each, config.image_size, storage, max_bytes_of(config))[0] for each in sources)
+    return tuple(name for image_set in of_each for name in empty_classes(image_set))
 
 
 def load_test_images(config: RunConfig, storage: Storage, classes: tuple[str, ...]) -> ImageSet:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,11 @@ from image_files import make_items, write_parquet
 from refilled.config import RunConfig
 from refilled.errors import UserError
 from refilled.execution import refit
+from refilled.given_spaces import remarks
 from refilled.presets import smoke
 from refilled.stages import with_own_code
 from refilled.storage import Storage
-from refilled.tasks.classification import _say_empty, load_task, spaces_of
+from refilled.tasks.classification import spaces_of
 from refilled.training.compute import Compute
 
 NAMES = ("nil", "one", "two", "three", "four", "five")  # of which the first three have images
@@ -29,14 +29,12 @@ def run(tmp_path: Path) -> RunConfig:
     return dataclasses.replace(run, num_teacher_classes=2, num_student_classes=2, overlap=0.5, val_fraction=0.25)
 
 
-def test_they_are_left_out_with_a_line(run: RunConfig, storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
-    _say_empty.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        spaces = spaces_of(run, storage)
-        load_task(run, storage)
+def test_they_are_left_out_with_a_line(run: RunConfig, storage: Storage) -> None:
+    spaces = spaces_of(run, storage)
     assert (spaces.teacher, spaces.student) == (("nil", "one"), ("one", "two"))
-    said = [each.message for each in caplog.records]
-    assert said == ["3 of 6 classes have no training image and are left out: three, four, five"]
+    said = "Left out, since the data has no training image of them: three, four, five (3 classes)."
+    assert remarks(run, storage) == [said]
+    assert remarks(smoke().run, storage) == []
 
 
 def test_runs_on_the_rest_are_whole(run: RunConfig, storage: Storage, compute: Compute) -> None:
