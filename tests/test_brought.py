@@ -121,6 +121,22 @@ def test_weights_come_in_many_forms_and_are_one_teacher(
     assert model.has_scores
 
 
+def test_a_student_that_was_trained_here_can_teach(photos: Path, storage: Storage, tmp_path: Path) -> None:
+    taught = dataclasses.replace(
+        brought(photos, "none"),
+        **{"teacher_weights": None, "teacher_image_size": None, "method": "student", "epochs": (0, 1)},
+        student="torchvision:resnet18",
+    )
+    taught = complete(dataclasses.replace(taught, num_teacher_classes=4, num_student_classes=4, overlap=1.0))
+    execute(taught, storage, CPU)
+    path = run_folder(taught, storage).model_path
+    run = stored(brought(photos, path, teacher_image_size=32), storage)
+    model, student = brought_teacher(run, load_task(run, storage), storage).eval(), load_model(path).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(images).logits, student(images).logits)
+    assert model.has_scores
+
+
 def test_other_weights_are_another_run(photos: Path, resnet: nn.Module, storage: Storage, tmp_path: Path) -> None:
     keys = set()
     for number in range(2):

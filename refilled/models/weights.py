@@ -109,6 +109,8 @@ def fitted_weights(path: Path, state: State, wanted: State, head: str | None) ->
     Raises:
         UserError: Naming the first tensor that is missing, of another shape, or too many.
     """
+    if head and all(name.startswith(("network.", "head.")) for name in state):  # of a student of this package
+        state = {f"{head}.{name[5:]}" if name.startswith("head.") else name[8:]: each for name, each in state.items()}
     found = without_prefixes(state, wanted)
     of_head = (f"{head}.",) if head else ()
     needed = {name for name in wanted if not name.startswith(of_head) and not name.endswith(_UNTRAINED)}
