@@ -70,7 +70,10 @@ def test_only_the_refit_can_reach_test_images() -> None:
                     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                         callers.setdefault(node.func.id, set()).add(f"{path.stem}.{function.name}")
     assert callers["load_test"] == {"classification.load_test_images"}
-    assert callers["load_test_images"] == {"execution.refit", "classification.verify_test_images"}
+    # Exports of a refit's student are compared with it on these images, when its own test has been done and kept.
+    after_the_test = "student_files.write_student_files"
+    assert callers["load_test_images"] == {"execution.refit", "classification.verify_test_images", after_the_test}
+    assert callers["write_student_files"] == {"refits.write_students"}
     assert callers["refit"] == {"worker.work"}
     returns = [
         node
