@@ -12,7 +12,7 @@ import torch
 
 from refilled.config import Precision
 from refilled.errors import UserError
-from refilled.storage.files import read_json
+from refilled.storage.files import folder_name, read_json
 from refilled.student import Student
 from refilled.training.evaluation import EVALUATION_BATCH_SIZE
 
@@ -85,7 +85,7 @@ def _best_of_search(storage: Path) -> Path:
             cell = row["overlap"], row["teacher"], row["student"], row.get("images_per_class")
             if cell not in best or row["val_accuracy"] > best[cell]["val_accuracy"]:
                 best[cell] = row
-        folders = {cell: storage / "runs" / _folder_name(row["run_keys"][0]) for cell, row in best.items()}
+        folders = {cell: storage / "runs" / folder_name(row["run_keys"][0]) for cell, row in best.items()}
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"{storage / _SUMMARY} must be a search's summary, but is not.") from error
     if not folders:
@@ -97,11 +97,6 @@ def _best_of_search(storage: Path) -> Path:
     if not (folder / _MODEL).is_file():
         raise UserError(f"{storage / _SUMMARY} names {folder}, which must have a {_MODEL}, but has not.")
     return folder / _MODEL
-
-
-def _folder_name(run_key: str) -> str:
-    """Of the run in its storage: the key in MLflow has the search's in front."""
-    return run_key.partition("-")[2]
 
 
 def _shown(cell: Sequence[object]) -> str:

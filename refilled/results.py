@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from refilled.config import RunConfig
 from refilled.errors import UserError
+from refilled.storage.files import folder_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +74,7 @@ class Result:
             ci95=row["test_accuracy_ci95"],
             difference=row["difference_mean"],
             difference_ci95=row["difference_ci95"],
-            folder=storage / "runs" / row["run_keys"][0],
+            folder=storage / "runs" / folder_name(row["run_keys"][0]),
             row=row,
         )
 

@@ -10,7 +10,7 @@ import pytest
 from outcomes import assert_same_outcome, rows_without_times
 from PIL import Image
 
-from refilled.config import RunConfig
+from refilled.config import RunConfig, Sources
 from refilled.execution import execute, run_folder
 from refilled.identity import run_key
 from refilled.presets import smoke
@@ -27,6 +27,18 @@ def key_of(run: RunConfig, storage: Storage) -> str:
 
 # Another value of every setting. The second tuple element says whether it may make another run.
 SETTINGS: dict[str, tuple[Any, bool]] = {
+    "teacher_weights": ("weights.pt", True),
+    "teacher_image_size": (16, True),
+    "teacher_mean": ((0.4,), True),
+    "teacher_std": ((0.3,), True),
+    "teacher_data": ("imagefolder:", True),
+    "teacher_classes": ("", True),
+    "teacher_embedding": ("conv1", True),
+    "teacher_features": (("conv1",), True),
+    "student_weights": ("weights.pt", True),
+    "student_classes": ("", True),
+    "student_embedding": ("conv1", True),
+    "student_features": (("conv1",), True),
     "data": ("imagefolder:", True),
     "image_size": (12, True),
     "class_order": ("", True),
@@ -35,6 +47,7 @@ SETTINGS: dict[str, tuple[Any, bool]] = {
     "overlap": (1.0, True),
     "val_fraction": (0.3, True),
     "split_seed": (1, True),
+    "images_per_class": (20, True),
     "teacher": ("convnet-16", True),
     "student": ("convnet-4", True),
     "method": ("rkd", True),
@@ -45,6 +58,7 @@ SETTINGS: dict[str, tuple[Any, bool]] = {
     "precision": ("bfloat16", True),
     "compile": (True, True),
     "checkpoint_every": (3, False),
+    "max_image_gib": (1e-7, False),
     "ncm_images_per_class": (7, True),
     "embedding.temperature": (1.0, True),
     "embedding.student_temperature": (1.0, True),
@@ -122,7 +136,14 @@ def test_setting_that_may_make_another_run_is_in_its_key(
     name: str, base: RunConfig, storage: Storage, tmp_path: Path
 ) -> None:
     value = SETTINGS[name][0]
-    if name == "data":
+    if name in ("teacher_image_size", "teacher_mean", "teacher_std"):
+        own = {"teacher_weights": "weights.pt", "teacher_mean": (0.5,), "teacher_std": (0.25,)}
+        base = base.with_overrides(own)
+    if name in ("teacher_classes", "student_classes"):
+        value = str(tmp_path / "classes.txt")
+        Path(value).write_text("3\n1\n4\n")
+        base = dataclasses.replace(base, sources=Sources(((value, Path(value).read_text()),)))
+    if name in ("data", "teacher_data"):
         for label in base_classes():
             (tmp_path / "train" / label).mkdir(parents=True)
             for shade in range(3):

@@ -74,3 +74,8 @@ def _named(error: OSError, path: Path) -> OSError | StorageFullError:
     """The error to raise: of a full disk the one that says what to do."""
     is_full = storage_full(error) is not None
     return StorageFullError(full_sentence(path)) if is_full else error
+
+
+def folder_name(run_key: str) -> str:
+    """Of a run in its storage: the key in MLflow has the search's in front."""
+    return run_key.partition("-")[2]

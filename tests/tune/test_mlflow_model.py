@@ -116,7 +116,7 @@ def test_what_is_no_image_is_named(photos: tuple[RunFolder, list[Path], torch.Te
     served = loaded(folder.path)
     (tmp_path / "text.png").write_text("no image")
     for given, message in (
-        (pd.DataFrame({"image": [str(tmp_path / "text.png")]}), "text.png does not decode as an 8-bit image"),
+        (pd.DataFrame({"image": [str(tmp_path / "text.png")]}), "text.png does not decode as an image"),
         (pd.DataFrame({"image": [paths[0].read_bytes(), b"nothing"]}), "image 1 does not decode"),
         (pixels.numpy()[:, :, :5], r"must be uint8 \[N, 3, 20, 20\], got uint8"),
         (pixels.numpy() / 255, r"must be uint8 \[N, 3, 20, 20\], got float64"),
