@@ -48,7 +48,7 @@ ABSURD = RUN.with_overrides({"classifier.schedule.learning_rate": 1e30})
 # Each leaves the process as some trial might; the second column says whether it changes a run's numbers, or ends it,
 # where nothing puts the state back.
 SABOTAGE: dict[str, tuple[Callable[[], object], bool]] = {
-    "default dtype": (lambda: torch.set_default_dtype(torch.float64), True),
+    "default dtype": (lambda: torch.set_default_dtype(torch.float64), False),
     "default device": (lambda: torch.set_default_device("meta"), True),
     "gradients": (lambda: torch.set_grad_enabled(False), True),
     "inference mode": (lambda: enter_inference_mode(), True),
@@ -102,6 +102,7 @@ def own_state() -> Iterator[None]:
     while ENTERED:
         ENTERED.pop().__exit__(None, None, None)
     torch.set_grad_enabled(True)
+    torch.set_autocast_enabled("cpu", False)  # the guard's own context puts back what it found
 
 
 @pytest.mark.parametrize("name", SABOTAGE)
