@@ -24,6 +24,7 @@ from refilled.config import ExportFormat, Precision
 from refilled.data.images import ImageSet
 from refilled.data.text import one_line
 from refilled.errors import UserError
+from refilled.networks import multiply_adds
 from refilled.student import Student
 from refilled.training.compute import Compute
 
@@ -169,12 +170,9 @@ def export(form: ExportFormat, student: Student, path: Path, test: ImageSet, num
 
 def size_of(student: Student) -> dict[str, int]:
     """Parameters of the network, and its multiply-adds for one image, of convolutions and products of matrices."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        student.logits_of(torch.zeros(1, *student.image_shape, dtype=torch.uint8))
+    image = torch.zeros(1, *student.image_shape, dtype=torch.uint8)
     parameters = sum(each.numel() for each in student.model.parameters())
-    return {"parameters": parameters, "multiply_adds": counter.get_total_flops() // 2}
+    return {"parameters": parameters, "multiply_adds": multiply_adds(lambda: student.logits_of(image))}
 
 
 def machine() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,10 +75,16 @@ def _size(
         features=features,
         sources=sources,
     ).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *shape))
     num_parameters = sum(each.numel() for each in model.parameters())
-    return NetworkSize(num_parameters, counter.get_total_flops() // 2, model.embedding_dim)
+    return NetworkSize(num_parameters, multiply_adds(lambda: model(torch.zeros(1, *shape))), model.embedding_dim)
+
+
+@torch.no_grad()
+def multiply_adds(forward: Callable[[], object]) -> int:
+    """Of the convolutions and products of matrices in a forward pass."""
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    return int(counter.get_total_flops()) // 2
 
 
 def image_shape(role: Role, task: Task) -> tuple[int, int, int]:

@@ -86,7 +86,7 @@ def load_from_package(name: str, sources: Sources, field_name: str) -> Any:
     """
     module_name, _, attribute = name.partition(":")
     texts = files_of(name, sources)
-    if texts:
+    if texts and not _is_imported_alike(name, texts):
         _Finder.serve(top_of(name), texts)
     try:
         module = importlib.import_module(module_name)
@@ -99,6 +99,14 @@ def load_from_package(name: str, sources: Sources, field_name: str) -> Any:
     if not hasattr(module, attribute):
         raise UserError(f"{field_name} {name!r} must name something in {module_name}, which has no {attribute!r}.")
     return getattr(module, attribute)
+
+
+def _is_imported_alike(name: str, texts: dict[str, str]) -> bool:
+    """Whether the process has imported the package itself, as from a notebook, and its files are what the run has."""
+    module = sys.modules.get(top_of(name))
+    if module is None or isinstance(getattr(module.__spec__, "loader", None), _Finder):
+        return False
+    return dict(read_package(name, "model").files) == texts
 
 
 def _location(top: str) -> Path | None:
@@ -145,7 +153,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         """A module of the package, none of others."""
         if fullname != self._top and not fullname.startswith(f"{self._top}."):
             return None
-        is_package = any(key.startswith(f"{PREFIX}{fullname.replace('.', '/')}/") for key in self.texts)
+        is_package = self.is_package(fullname)
         if not is_package and self._key(fullname) is None:
             return None
         return importlib.machinery.ModuleSpec(fullname, self, origin=f"<{fullname}>", is_package=is_package)

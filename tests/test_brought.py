@@ -17,6 +17,7 @@ from torchvision import models as torchvision_models
 
 from refilled.brought import WEIGHTS, brought_teacher, describe_teacher, with_stored_weights
 from refilled.config import RunConfig
+from refilled.data.label_space import LabelSpaces
 from refilled.data.views import Views
 from refilled.embedding_cache import embedding_cache
 from refilled.errors import UserError
@@ -404,6 +405,8 @@ def test_a_teacher_of_other_data_sees_the_students_images_as_its_own(
     assert task.as_teacher_sees.shape == (3, 16, 16)
     pretrain_once(run, storage, CPU)
     assert execute(run, storage, CPU).finished
+    other = LabelSpaces(task.spaces.teacher, task.spaces.student, teacher_digest="of other images of these classes")
+    assert run_key(run, other, task.data_digest) != run_key(run, task.spaces, task.data_digest)
     same = complete(dataclasses.replace(run, teacher_data=None, num_teacher_classes=None))
     assert run_key(run, task.spaces, task.data_digest) != run_key(
         same, spaces_of(same, storage), load_task(same, storage).data_digest

@@ -71,16 +71,20 @@ class Adapted(Model):
         for wanted in (*([embedding] if embedding else []), *(features or ())):
             probe.require(wanted)
         feature_names = probe.maps() if features is None else tuple(features)
-        channels = tuple(as_map(probe.outputs[each]).shape[1] for each in feature_names)
+        maps = {each: probe.outputs[each] for each in feature_names}
+        channels = tuple(as_map(each, is_channels_last(each)).shape[1] for each in maps.values())
         head: nn.Linear | None = None
         if head_name is not None:
             found = network.get_submodule(head_name)
             assert isinstance(found, nn.Linear)
             network.set_submodule(head_name, nn.Identity())
             head = _plain(found) if embedding is None else None
-        dim = head.in_features if head else as_vectors(probe.outputs[embedding] if embedding else probe.output).shape[1]
+        said = probe.outputs[embedding] if embedding else probe.output
+        dim = head.in_features if head else as_vectors(said, is_channels_last(said)).shape[1]
         super().__init__(dim, num_classes, channels)
         self.network = network
+        self._channels_last = {name for name, each in maps.items() if is_channels_last(each)}
+        self._embedding_is_channels_last = is_channels_last(said)
         self.had_head = head is not None
         if head is None or head.out_features != num_classes:
             head = nn.Linear(dim, num_classes)
@@ -95,13 +99,13 @@ class Adapted(Model):
         wanted = (*self.feature_names, *([self.embedding_name] if self.embedding_name else []))
         with caught(self.network, wanted) as outputs:
             returned = self.network(images)
-        said = as_vectors(outputs[self.embedding_name] if self.embedding_name else returned)
+        said = outputs[self.embedding_name] if self.embedding_name else returned
+        said = as_vectors(said, self._embedding_is_channels_last)
         embedding = said.to(torch.promote_types(said.dtype, torch.float32))
         with torch.autocast(embedding.device.type, enabled=False):
             logits = self.head(embedding.to(self.head.weight.dtype))
-        return Output(
-            embedding, logits.to(embedding.dtype), tuple(as_map(outputs[each]) for each in self.feature_names)
-        )
+        maps = tuple(as_map(outputs[each], each in self._channels_last) for each in self.feature_names)
+        return Output(embedding, logits.to(embedding.dtype), maps)
 
 
 class _Probe:
@@ -166,7 +170,7 @@ class _Probe:
             if name.count(".") >= _DEPTH or not isinstance(output, Tensor) or len(output) != 2:
                 continue
             if output.dim() == 4:
-                size = tuple(as_map(output).shape[2:])
+                size = tuple(as_map(output, is_channels_last(output)).shape[2:])
                 if size != (1, 1):
                     last.pop(size, None)  # the order is that of the last ones
                     last[size] = name
@@ -218,21 +222,24 @@ def _caught_inputs(network: nn.Module) -> Iterator[Mapping[str, Tensor]]:
             handle.remove()
 
 
-def as_vectors(output: Tensor) -> Tensor:
+def is_channels_last(output: Tensor) -> bool:
+    """Whether what a module returns for square images is [B, h, w, c], as some transformers have it."""
+    return output.dim() == 4 and output.shape[1] == output.shape[2] != output.shape[3]
+
+
+def as_vectors(output: Tensor, channels_last: bool) -> Tensor:
     """[B, D] of vectors, of maps [B, D, h, w] by their mean over space, of tokens [B, n, D] by their mean."""
     if output.dim() == 4:
-        return as_map(output).mean(dim=(2, 3))
+        return as_map(output, channels_last).mean(dim=(2, 3))
     return output.mean(dim=1) if output.dim() == 3 else output
 
 
-def as_map(output: Tensor) -> Tensor:
+def as_map(output: Tensor, channels_last: bool) -> Tensor:
     """[B, c, h, w] of maps, of tokens [B, n, c] without those before the square grid, and of vectors as one pixel."""
     if output.dim() == 2:
         return output[:, :, None, None]
     if output.dim() == 4:
-        _, first, second, third = output.shape
-        is_channels_last = first == second != third  # [B, h, w, c], as some transformers return them
-        return output.movedim(3, 1) if is_channels_last else output
+        return output.movedim(3, 1) if channels_last else output
     side = math.isqrt(output.shape[1])
     square = output[:, output.shape[1] - side * side :].transpose(1, 2)
     return square.reshape(*square.shape[:2], side, side)

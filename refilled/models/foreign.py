@@ -21,7 +21,7 @@ _AUXILIARY = (
 
 @dataclass(frozen=True)
 class InputConfig:
-    """What a library says a published network of this name was trained on.
+    """What a network wants its images to be; none: what they are.
 
     Attributes:
         size: Height and width in pixels.
@@ -29,9 +29,9 @@ class InputConfig:
         std: Likewise, the standard deviation.
     """
 
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 def is_foreign(name: str) -> bool:
@@ -52,23 +52,23 @@ def validate_foreign_name(name: str) -> None:
         raise UserError(f"{library} has no model {model!r} that classifies images; near ones are {near}.")
 
 
-def input_config(name: str) -> InputConfig | None:
-    """What the library says; none for a name that is no library's, or of which it says nothing."""
+def input_config(name: str) -> InputConfig:
+    """What a library says that a published network of this name was trained on; of other names nothing."""
     library, _, model = name.partition(":")
     if library == "timm":
         import timm
 
         found = timm.get_pretrained_cfg(model)
-        return None if found is None else InputConfig(found.input_size[-1], tuple(found.mean), tuple(found.std))
+        return InputConfig(found.input_size[-1], tuple(found.mean), tuple(found.std)) if found else InputConfig()
     if library == "torchvision":
         from torchvision import models
 
         weights = list(models.get_model_weights(model))
         if not weights:
-            return None
+            return InputConfig()
         transforms = models.get_model_weights(model).DEFAULT.transforms()
         return InputConfig(int(transforms.crop_size[0]), tuple(transforms.mean), tuple(transforms.std))
-    return None
+    return InputConfig()
 
 
 def build_foreign(name: str, *, num_classes: int, image_size: int, dropout: float) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -22,27 +23,12 @@ from refilled.data.label_space import (
 from refilled.data.pixels import free_bytes
 from refilled.data.sources import load_test, load_train
 from refilled.errors import UserError
-from refilled.models.foreign import input_config
+from refilled.models.foreign import InputConfig, input_config
 from refilled.storage import Storage
 from refilled.tasks.normalization import Normalization, measure
 
 
-@dataclass(frozen=True)
-class TeacherInput:
-    """The input of a teacher that has one of its own; none: what the student's is.
-
-    Attributes:
-        size: Height and width in pixels.
-        mean: Of each channel, pixels in [0, 1].
-        std: Likewise, the standard deviation.
-    """
-
-    size: int | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-
-
-def _teacher_input(config: RunConfig, storage: Storage) -> TeacherInput | None:
+def _teacher_input(config: RunConfig, storage: Storage) -> InputConfig | None:
     """What the teacher sees, where that is not simply what the student does.
 
     Of a brought teacher it is what the run says, else what its library says; of one that is pre-trained on other data
@@ -57,14 +43,15 @@ def _teacher_input(config: RunConfig, storage: Storage) -> TeacherInput | None:
                 f"teacher_data must have images with {channels} channels, as many as data has, got "
                 f"{own.images.shape[1]}."
             )
-        return TeacherInput(own.images.shape[2], tuple(normalization.mean.tolist()), tuple(normalization.std.tolist()))
+        return InputConfig(own.images.shape[2], tuple(normalization.mean.tolist()), tuple(normalization.std.tolist()))
     if config.teacher_weights is None:
         return None
     said = input_config(config.teacher)
-    size = config.teacher_image_size or (said.size if said else None)
+    if config.teacher_image_size is not None:
+        said = dataclasses.replace(said, size=config.teacher_image_size)
     if config.teacher_mean is not None:
-        return TeacherInput(size, config.teacher_mean, config.teacher_std)
-    return TeacherInput(size, said.mean if said else None, said.std if said else None)
+        said = dataclasses.replace(said, mean=config.teacher_mean, std=config.teacher_std)
+    return said
 
 
 @dataclass(frozen=True)
@@ -198,7 +185,7 @@ def load_test_images(config: RunConfig, storage: Storage, classes: tuple[str, ..
     return select_classes(image_set, torch.arange(len(image_set.labels)), classes, max_bytes)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)  # the student's images and the teacher's, of one overlap after the other
 def _load_all(source: str, image_size: int | None, storage: Storage, max_bytes: int) -> tuple[ImageSet, Normalization]:
     image_set = load_train(source, storage=storage, image_size=image_size, max_bytes=max_bytes)
     return image_set, measure(image_set.images)
@@ -214,7 +201,7 @@ def _load_task(
     storage: Storage,
     *,
     images_per_class: int | None,
-    teacher_input: TeacherInput | None,
+    teacher_input: InputConfig | None,
     max_bytes: int,
 ) -> Task:
     image_set, normalization = _load_all(source, image_size, storage, max_bytes)
@@ -244,7 +231,7 @@ def _load_task(
     )
 
 
-def _teacher_normalization(wanted: TeacherInput, of_data: Normalization, side: int | None) -> Normalization:
+def _teacher_normalization(wanted: InputConfig, of_data: Normalization, side: int | None) -> Normalization:
     """The teacher's; `side` is that of its images before they are resized, none where they have its size already."""
     mean = of_data.mean if wanted.mean is None else torch.tensor(wanted.mean, dtype=torch.float64)
     std = of_data.std if wanted.std is None else torch.tensor(wanted.std, dtype=torch.float64)

@@ -31,6 +31,7 @@ TEACHERS = (
     *("timm:resnet10t", "timm:vit_tiny_patch16_224", "timm:convnext_atto"),
     *("torchvision:resnet18", "torchvision:mobilenet_v3_small", "wrn-16-1"),
 )
+STAGES: tuple[StageName, ...] = ("embedding", "classifier")
 CLASSES = tuple("abcdefghij")
 CALLS = 4  # of one kind in a round
 
@@ -57,8 +58,8 @@ def main() -> None:
         prototypes = torch.randn(len(CLASSES), network.embedding_dim)
         teacher = FrozenTeacher(network, prototypes, compute, torch.float16, "noise", InputView(run, task, compute))
         teacher.cache = _AtHand(len(train), network.embedding_dim, compute)
-        for stage in ("embedding", "classifier"):
-            steps[name, stage] = Steps(run, task, teacher, compute, stage)  # type: ignore[arg-type]
+        for stage in STAGES:
+            steps[name, stage] = Steps(run, task, teacher, compute, stage)
     vanilla = Steps(dataclasses.replace(run, method="student"), task, None, compute, "classifier")
 
     def seconds(one: Steps) -> float:

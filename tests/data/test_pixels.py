@@ -18,6 +18,7 @@ from refilled.data import decode
 from refilled.data.images import make_image_set
 from refilled.data.pixels import StoredPixels, chosen, chunks, free_bytes
 from refilled.data.sources import load_train
+from refilled.errors import UserError
 from refilled.execution import execute, run_folder
 from refilled.identity import run_key
 from refilled.presets import smoke
@@ -127,6 +128,11 @@ def test_more_than_memory_has_is_decoded_into_the_file(
     assert isinstance(found.images, StoredPixels)
     assert found.digest == expected.digest
     assert torch.equal(found.images[:], expected.images[:])
+    encoded = [(name, content) for _, name, content in make_items("train")]
+    mapped = decode.decode_images(encoded, len(encoded), None, tmp_path / "pixels.npy")
+    assert isinstance(mapped, np.memmap)  # and nothing as large in memory
+    with pytest.raises(UserError, match="for which there is no room; set a smaller image_size"):
+        decode.decode_images(encoded, len(encoded), None)
 
 
 def test_no_process_is_kept_alive_and_free_memory_is_known(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from refilled.config import ViewConfig
 from refilled.data.views import Views
@@ -92,3 +93,19 @@ def test_resized_crops_equal_bilinear_interpolation_of_their_box() -> None:
         assert 0.18 <= width * height <= 1  # 0.25 at the least, less what is cut to the image
         expected = _one_box(image.float(), left, top, width, height, mirrored=scale_x < 0)
         assert torch.allclose(found, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["shifts", "resized_crops"])
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_view_shows_the_same_part_of_an_image_at_another_size(kind: str, times: int) -> None:
+    config = ViewConfig(kind=kind, padding=3)  # type: ignore[arg-type]  # a literal
+    coarse = torch.rand(6, 3, 3, 3, generator=torch.Generator().manual_seed(0)) * 255
+    small = F.interpolate(coarse, (12, 12), mode="bilinear").byte()  # smooth, as photographs are
+    large = small.repeat_interleave(times, 2).repeat_interleave(times, 3)
+    view_ids = Views(config).view_ids[:6]
+    plain, scaled = Views(config).render(small, view_ids), Views(config, scale=times).render(large, view_ids)
+    if kind == "shifts":
+        assert torch.equal(scaled, plain.repeat_interleave(times, 2).repeat_interleave(times, 3))
+    else:  # boxes are interpolated: alike on the average of what a small pixel has become
+        means = F.avg_pool2d(scaled, times)
+        assert (means - plain).abs().mean() < 0.05 * plain.std()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +15,11 @@ from torch import Tensor, nn
 from refilled.config import Sources
 from refilled.errors import UserError
 from refilled.models import Model, build_model
-from refilled.models.adapted import Adapted, as_map
+from refilled.models.adapted import Adapted, as_map, is_channels_last
 from refilled.models.exact import require_exact, why_not_exact
-from refilled.models.foreign import build_foreign, input_config
+from refilled.models.foreign import InputConfig, build_foreign, input_config
 from refilled.testing import ModelContract
+from refilled.user_code import forget_modules, read_source
 
 torch.set_num_threads(1)
 
@@ -227,10 +230,10 @@ def test_what_several_workers_would_change_is_seen(name: str, why: str | None) -
     shape = (3, 64, 64)
     if why is None:
         assert why_not_exact(model, shape) is None
-        require_exact(model, name, shape, 2)
+        require_exact(model, f"nets.py:{name}", shape, 2)
     else:
         with pytest.raises(UserError, match=f"must be trained on one worker, got 2: it {why}"):
-            require_exact(model, name, shape, 2)
+            require_exact(model, f"nets.py:{name}", shape, 2)
     assert all(torch.equal(each, before[key]) for key, each in model.state_dict().items())
 
 
@@ -250,19 +253,26 @@ def test_of_other_libraries_too(name: str, why: str | None) -> None:
 
 def test_channels_last_maps_and_tokens_become_maps() -> None:
     rows = torch.arange(2 * 4 * 4 * 7.0).reshape(2, 4, 4, 7)
-    assert torch.equal(as_map(rows), rows.permute(0, 3, 1, 2))
+    assert is_channels_last(rows)
+    assert not is_channels_last(rows.movedim(3, 1))
+    assert torch.equal(as_map(rows, True), rows.permute(0, 3, 1, 2))
     tokens: Tensor = torch.cat([torch.zeros(2, 1, 7), rows.flatten(1, 2)], dim=1)
-    assert torch.equal(as_map(tokens), rows.permute(0, 3, 1, 2))
+    assert torch.equal(as_map(tokens, False), rows.permute(0, 3, 1, 2))
+
+
+def test_maps_of_images_that_are_not_square_stay_as_they_are() -> None:
+    """Eight channels and eight rows are not told from channels that come last by their numbers."""
+    model = users("Plain", features=["body.0"]).eval()
+    (maps,) = model(torch.randn(2, 3, 17, 33)).features
+    assert maps.shape == (2, 8, 8, 16)
 
 
 def test_what_libraries_say_of_their_input() -> None:
     timm = input_config("timm:vit_tiny_patch16_224")
     torchvision = input_config("torchvision:inception_v3")
-    assert timm is not None
-    assert torchvision is not None
     assert (timm.size, timm.mean) == (224, (0.5, 0.5, 0.5))
     assert (torchvision.size, torchvision.mean) == (299, (0.485, 0.456, 0.406))
-    assert input_config("wrn-10-1") is None
+    assert input_config("wrn-10-1") == InputConfig()
 
 
 def test_a_dropout_rate_reaches_networks_that_take_one() -> None:
@@ -270,9 +280,25 @@ def test_a_dropout_rate_reaches_networks_that_take_one() -> None:
     assert [each.p for each in network.modules() if isinstance(each, nn.Dropout)] == [0.3]
 
 
-def test_a_package_travels_as_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from refilled.user_code import forget_modules, read_source
+def test_a_package_that_the_process_has_imported_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook, whose own objects are of the classes that it has."""
+    (tmp_path / "ownnets.py").write_text(
+        "from torch import nn\n\n\ndef small(num_classes):\n"
+        "    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = importlib.import_module("ownnets")
+    try:
+        sources = read_source("ownnets:small", "student")
+        assert build("ownnets:small", sources=sources).embedding_dim == 3
+        assert sys.modules["ownnets"] is own
+    finally:
+        forget_modules()
+        sys.modules.pop("ownnets", None)
 
+
+def test_a_package_travels_as_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "mynets"
     package.mkdir()
     (package / "__init__.py").write_text("")

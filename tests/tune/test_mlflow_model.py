@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,39 @@ def test_a_grey_student_sees_colours_as_the_package_shows_them(storage: Storage,
     found = loaded(folder.path).predict(pd.DataFrame({"image": paths}))
     expected = Student.open(folder.model_path).probabilities(paths)
     np.testing.assert_allclose(np.array(found["probabilities"].tolist()), expected.numpy(), atol=1e-6)
+
+
+def odd_images() -> dict[str, bytes]:
+    """What people have beside plain RGB: one of each thing that decoding minds."""
+    draws = np.random.default_rng(1)
+    colour = Image.fromarray(draws.integers(0, 256, (24, 30, 3), dtype=np.uint8))
+    alpha = Image.fromarray(draws.integers(0, 256, (24, 30), dtype=np.uint8))
+    turned = colour.getexif()
+    turned[0x0112] = 6
+    images: dict[str, tuple[Image.Image, str, dict[str, Any]]] = {
+        "turned": (colour, "PNG", {"exif": turned}),
+        "RGBA": (Image.merge("RGBA", [*colour.split(), alpha]), "PNG", {}),
+        "LA": (Image.merge("LA", [alpha, alpha]), "PNG", {}),
+        "palette": (colour.quantize(16), "PNG", {"transparency": 3}),
+        "16 bits": (Image.fromarray(draws.integers(0, 2**16, (24, 30)).astype(np.uint16)), "PNG", {}),
+        "CMYK": (colour.convert("CMYK"), "JPEG", {}),
+        "1 bit": (colour.convert("1"), "PNG", {}),
+    }
+    found = {}
+    for name, (image, file_format, options) in images.items():
+        buffer = io.BytesIO()
+        image.save(buffer, file_format, **options)
+        found[name] = buffer.getvalue()
+    return found
+
+
+def test_odd_images_are_decoded_as_by_the_student(photos: tuple[RunFolder, list[Path], torch.Tensor]) -> None:
+    folder, _, _ = photos
+    encoded = odd_images()
+    found = loaded(folder.path).predict(pd.DataFrame({"image": list(encoded.values())}))
+    expected = Student.open(folder.model_path).probabilities(list(encoded.values()))
+    for name, one, other in zip(encoded, found["probabilities"], expected.tolist(), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6, err_msg=name)
 
 
 def test_what_is_no_image_is_named(photos: tuple[RunFolder, list[Path], torch.Tensor], tmp_path: Path) -> None:
