@@ -217,6 +217,7 @@ def _hours(progress: Progress) -> dict[PhaseName, float]:
         "trials": ("searching",),
         "teachers on all images": (TEACHERS + ON_ALL, CACHES + ON_ALL),
         "refits": ("refitting winners",),
+        "students": ("writing students",),
     }
     seconds = progress.phase_seconds()
     return {phase: sum(seconds.get(name, 0.0) for name in names) / 3600 for phase, names in phases.items()}

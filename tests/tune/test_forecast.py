@@ -20,8 +20,11 @@ from refilled.timing import Part, epoch_part, image_part, step_part
 from tune.backend.cluster import Resources
 from tune.forecast.forecast import (
     END_S,
+    EXPORT_S,
+    FIRST_STUDENT_S,
     ROW_S,
     START_S,
+    STUDENT_S,
     TRIAL_S,
     TUNE_START_S,
     _Done,
@@ -200,10 +203,10 @@ def test_what_is_done_is_not_forecast(tmp_path: Path) -> None:
     assert len(workload.shared(True)) == 1
     trials = dict.fromkeys((student, first, second), plan.search.trials)
     found = forecast(plan, resources(), timings(plan, worker_start_s=3.0), done_trials=trials, done=set(trials))
-    assert found.epochs == {"teachers": 0, "trials": 0, "teachers on all images": 0, "refits": 0}
+    assert found.epochs == {"teachers": 0, "trials": 0, "teachers on all images": 0, "refits": 0, "students": 0}
     assert {phase: round(3600 * hours, 6) for phase, hours in found.hours.items() if hours} == {
         "start": START_S,
-        "refits": END_S,
+        "students": END_S,
     }
 
 
@@ -211,7 +214,7 @@ def test_phases_add_up_to_the_hours_and_the_cost(tmp_path: Path) -> None:
     plan = planned(tmp_path, price_per_hour=7.2)
     timed = timings(plan, worker_start_s=3.0)
     found = forecast(plan, resources(), timed)
-    assert found.epochs == {"teachers": 5, "trials": 48, "teachers on all images": 5, "refits": 32}
+    assert found.epochs == {"teachers": 5, "trials": 48, "teachers on all images": 5, "refits": 32, "students": 0}
     workload = Workload(plan, 1)
 
     def seconds(works: list[Work]) -> float:
@@ -224,7 +227,11 @@ def test_phases_add_up_to_the_hours_and_the_cost(tmp_path: Path) -> None:
     assert 3600 * found.hours["trials"] == pytest.approx(TUNE_START_S + 3.0 + trials_s)
     again_s = seconds([*workload.teachers(True), *workload.shared(True)])
     assert 3600 * found.hours["teachers on all images"] == pytest.approx(3.0 + again_s)
-    assert 3600 * found.hours["refits"] == pytest.approx(END_S + seconds(workload.refits()))
+    assert 3600 * found.hours["refits"] == pytest.approx(seconds(workload.refits()))
+    assert 3600 * found.hours["students"] == pytest.approx(END_S + FIRST_STUDENT_S + 2 * STUDENT_S)
+    exporting = dataclasses.replace(plan, search=dataclasses.replace(plan.search, export=("onnx", "torch")))
+    longer = forecast(exporting, resources(), timed).hours["students"] - found.hours["students"]
+    assert 3600 * longer == pytest.approx(2 * 2 * EXPORT_S)
     assert 3600 * found.hours["start"] == START_S
     assert found.total_hours == pytest.approx(sum(found.hours.values()))
     assert found.cost == pytest.approx(7.2 * found.total_hours)

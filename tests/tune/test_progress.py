@@ -112,7 +112,7 @@ def test_the_first_trials_correct_the_forecast_once(clock: Clock) -> None:
     assert 3600 * shown.corrected.hours["trials"] == pytest.approx(200)
     assert 3600 * shown.corrected.hours["refits"] == pytest.approx(200)
     assert 3600 * shown.corrected.hours["teachers"] == pytest.approx(100)
-    assert shown.corrected.cost == pytest.approx(10 * (200 + 3 * 200) / 500)
+    assert shown.corrected.cost == pytest.approx(10 * (300 + 3 * 200) / 600)
     assert "After the first 2 trials the forecast is" in text.getvalue()
     first = shown.corrected
     train(shown, clock, "student", 10, 9.0)

@@ -27,6 +27,8 @@ START_S, TUNE_START_S, END_S = 16.0, 5.0, 2.5
 # Likewise between two trials of a slot, and for a row; and with a new Ray Train group for every run.
 TRIAL_S, ROW_S = 0.15, 0.012
 GROUP_S, GROUP_ROW_S = 12.0, 0.2
+# Likewise for the first winner's student, for each further one, and for an export with its checks and latencies.
+FIRST_STUDENT_S, STUDENT_S, EXPORT_S = 2.0, 0.4, 5.0
 
 
 def forecast(
@@ -60,8 +62,9 @@ def forecast(
         "trials": trials,
         "teachers on all images": again,
         "refits": schedule.jobs(workload.refits(), fresh=not again.wall_s),
+        "students": _Done(_writing_s(len(workload.to_refit), len(search.export))),
     }
-    beside = {"trials": TUNE_START_S if whole_epochs else 0.0, "refits": END_S}
+    beside = {"trials": TUNE_START_S if whole_epochs else 0.0, "students": END_S}
     hours: dict[PhaseName, float] = {"start": (START_S + timings.took_s if elapsed_s is None else elapsed_s) / 3600}
     hours |= {phase: (each.wall_s + beside.get(phase, 0.0)) / 3600 for phase, each in phases.items()}
     busy_hours = sum(each.busy_s for each in phases.values()) / 3600
@@ -128,6 +131,11 @@ class _Schedule:
                 whole_epochs += work.num_epochs
         packed = _pack(trials, self._slots, timings.worker_start_s if trials else 0.0)
         return _limited(packed, self._plan, works, done_trials, after_s), whole_epochs
+
+
+def _writing_s(students: int, exports: int) -> float:
+    """What the command takes, on no slot, to write the winners' students, each with so many exports."""
+    return FIRST_STUDENT_S + students * (STUDENT_S + exports * EXPORT_S) if students else 0.0
 
 
 def _pack(works: Sequence[tuple[float, float]], slots: int, start_s: float) -> _Done:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-PhaseName = Literal["start", "teachers", "trials", "teachers on all images", "refits"]
+PhaseName = Literal["start", "teachers", "trials", "teachers on all images", "refits", "students"]
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
 
 
@@ -45,7 +45,7 @@ class Forecast:
 
     def at_pace(self, ratio: float) -> Forecast:
         """The forecast where the trials were seen to take `ratio` times as long."""
-        paced = {"trials", "teachers on all images", "refits"}
+        paced = {"trials", "teachers on all images", "refits"}  # not what is the same for every network
         hours = {phase: value * (ratio if phase in paced else 1.0) for phase, value in self.hours.items()}
         longer = sum(hours.values()) / self.total_hours
         return dataclasses.replace(self, hours=hours, cost=None if self.cost is None else self.cost * longer)

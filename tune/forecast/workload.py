@@ -47,7 +47,7 @@ class Workload:
     def __init__(self, plan: Plan, num_workers: int, done: Collection[str] = ()) -> None:
         """Of runs on so many workers each, without the refits of cells in which all is done, by their names."""
         self._plan, self._num_workers = plan, num_workers
-        self._to_refit = [cell for cell in plan.cells if cell.name not in done]
+        self.to_refit = [cell for cell in plan.cells if cell.name not in done]
         self._sizes: dict[object, tuple[int, int, int]] = {}
         self._caches: dict[bool, set[str | None]] = {}
 
@@ -79,7 +79,7 @@ class Workload:
         """All refits, in their order: of winners, and of vanilla students with the classifier stage's epochs alone."""
         search, works = self._plan.search, list[Work]()
         has_two = any(has_embedding_stage(method) for method in search.methods)
-        for cell in self._to_refit:
+        for cell in self.to_refit:
             variants = [_on_all(cell.run)]
             if cell.method == VANILLA and has_two:
                 variants.append(dataclasses.replace(variants[0], epochs=(0, search.run.epochs[1])))
@@ -102,7 +102,7 @@ class Workload:
         return list(found.values())
 
     def _asking(self, on_all: bool) -> Iterable[Cell]:
-        return (cell for cell in (self._to_refit if on_all else self._plan.cells) if needs_teacher(cell.run))
+        return (cell for cell in (self.to_refit if on_all else self._plan.cells) if needs_teacher(cell.run))
 
     def an_epoch(self, cell: Cell) -> dict[str, Calls]:
         """How often an epoch of a cell's trials does every part up to its row, by stage."""
