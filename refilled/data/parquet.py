@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 
 from refilled.data.decode import decode_images
 from refilled.data.images import ImageSet, PartName, SourcePart, check_class_names, make_image_set
+from refilled.data.parquet_files import shard_files
 from refilled.data.text import one_line, shown
 from refilled.errors import UserError
 
@@ -42,7 +44,7 @@ class _Shard:
 
 def validate(path: Path) -> None:
     """Raise a UserError unless the path exists and holds a training or test part."""
-    if not _files(path, "train") and not _files(path, "test"):
+    if not shard_files(path, "train") and not shard_files(path, "test"):
         raise UserError(f"parquet:{path} must hold train-*.parquet or test-*.parquet files.")
 
 
@@ -50,36 +52,30 @@ def find_part(path: Path, name: PartName) -> SourcePart:
     """The training or test part, its columns and labels checked.
 
     Class names are those of the Hugging Face metadata, else of `classes.json` beside the shards, else the labels
-    themselves. Where they are the labels, the test part asks the training part, if there is one, how many there are;
-    the training part never asks the test part.
+    themselves; they are those of the first shard of the training part, if there is one, and every other shard's labels
+    are told by its own names, whatever their order. The training part never asks the test part.
 
     Raises:
         UserError: Naming the file and what is wrong with it.
     """
     validate(path)
-    files = _files(path, name)
+    files = shard_files(path, name)
     if not files:
         raise UserError(f"parquet:{path} has no {name} part; {name}-*.parquet files would be one.")
     shards = [_open_shard(file) for file in files]
-    names = _class_names(shards[0])
+    train = shard_files(path, "train") if name == "test" else []
+    names = _class_names(_open_shard(train[0]) if train else shards[0])
     if names is None:
-        reference = [_open_shard(file) for file in _files(path, "train")] if name == "test" else []
-        names = _numbers(reference or shards)
-    for shard in shards:
-        _check_labels(shard, names)
+        names = _numbers([_open_shard(file) for file in train] or shards)
+        named_by = None
+    else:
+        named_by = train[0] if train else files[0]
+    shards = [_with_labels_of(shard, names, named_by) for shard in shards]
     return SourcePart(
         name=name,
         fingerprint=_fingerprint(shards, names),
         read=lambda image_size, file: _read(shards, names, image_size, file),
     )
-
-
-def _files(path: Path, name: PartName) -> list[Path]:
-    if path.is_file():
-        return [path] if path.name.startswith("test") == (name == "test") else []
-    if not path.is_dir():
-        raise UserError(f"parquet:{path} must be a Parquet file or a folder of them, but there is no such path.")
-    return sorted(file for pattern in (f"{name}.parquet", f"{name}-*.parquet") for file in path.glob(pattern))
 
 
 def _open_shard(path: Path) -> _Shard:
@@ -201,6 +197,23 @@ def _name_keys(label: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((label, label.removesuffix("_label"), "names")))
 
 
+def _with_labels_of(shard: _Shard, names: tuple[str, ...], named_by: Path | None) -> _Shard:
+    """The shard, its labels being places in `names`, which another shard may have given (`named_by`)."""
+    own = _class_names(shard)
+    if (own is None) != (named_by is None):
+        has, lacks = (shard.path, "the training part") if named_by is None else (named_by, shard.path)
+        raise UserError(f"{has} has class names and {lacks} has none; all shards must have them, or classes.json.")
+    own = names if own is None else own
+    _check_labels(shard, own)
+    if own == names:
+        return shard
+    odd = next((each for each in own if each not in names), None)
+    if odd is not None:
+        raise UserError(f"{shard.path} has a class {odd!r} that {named_by} has not; all shards need the same.")
+    places = np.array([names.index(each) for each in own])
+    return dataclasses.replace(shard, labels=places[shard.labels])
+
+
 def _check_labels(shard: _Shard, names: tuple[str, ...]) -> None:
     wrong = np.flatnonzero((shard.labels < 0) | (shard.labels >= len(names)))
     if len(wrong):
@@ -212,13 +225,19 @@ def _check_labels(shard: _Shard, names: tuple[str, ...]) -> None:
 
 
 def _fingerprint(shards: list[_Shard], names: tuple[str, ...]) -> str:
-    sha = hashlib.sha256(json.dumps([names, [(shard.image, shard.label) for shard in shards]]).encode())
+    columns = [(shard.image, shard.label) for shard in shards]
+    sha = hashlib.sha256(json.dumps([names, columns]).encode())
+    seen: dict[bytes, Path] = {}
     for shard in shards:
         try:
             with shard.path.open("rb") as file:
-                sha.update(hashlib.file_digest(file, "sha256").digest())
+                digest = hashlib.file_digest(file, "sha256").digest()
         except OSError as error:
             raise _unreadable(shard.path, error) from error
+        if digest in seen:
+            raise UserError(f"{seen[digest]} and {shard.path} have the same content; every image must be there once.")
+        seen[digest] = shard.path
+        sha.update(digest)
     return sha.hexdigest()
 
 
