@@ -116,6 +116,8 @@ def _decode(name: str, content: bytes, image_size: int | None) -> Pixels:
     """One image as uint8 [3, H, W]."""
     from PIL import Image, UnidentifiedImageError
 
+    if not content:
+        raise UserError(f"{name} is empty; remove it, or put its image there again.")
     if len(content) > MAX_FILE_BYTES:
         raise UserError(f"{name} has {len(content)} bytes, too many for an image; at most {MAX_FILE_BYTES} are read.")
     try:

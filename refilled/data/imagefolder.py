@@ -2,7 +2,8 @@
 
 A zip is read member by member in memory and never unpacked. A link in a folder is followed, since data sets are often
 folders of links, but only to a file. The same content gives the same ImageSet, and the same
-cache entry, whether it lies in a folder or in a zip, with or without one folder around `train` and `test`.
+cache entry, whether it lies in a folder or in a zip, with or without one folder around `train` and `test`, beside which
+other files may lie.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import hashlib
 import json
 import unicodedata
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,8 @@ Root = Path | zipfile.Path
 """A folder, or a zip as one: both are walked through and read alike."""
 
 
-@dataclass(frozen=True)
-class _Listing:
-    """What a folder or zip holds, by name only.
-
-    Attributes:
-        classes: For each part, the files of each class folder, as paths below the root, sorted.
-        open: Opens the folder or zip for reading.
-    """
-
-    classes: dict[PartName, dict[str, list[str]]]
-    open: Callable[[], AbstractContextManager[Root]]
+Listing = dict[PartName, dict[str, list[str]]]
+"""For each part, the files of each class folder, as paths below the root, sorted."""
 
 
 def validate(path: Path) -> None:
@@ -56,10 +47,10 @@ def find_part(path: Path, name: PartName) -> SourcePart:
         UserError: Naming the file or folder that is wrong.
     """
     listing = _list(path)
-    if name not in listing.classes:
+    if name not in listing:
         raise UserError(f"imagefolder:{path} has no {name} part; {name}/<class>/ folders with images would be one.")
-    by_class = listing.classes[name]
-    names = check_class_names(sorted(listing.classes.get("train", by_class)), f"{path}/{name}")
+    by_class = listing[name]
+    names = check_class_names(sorted(listing.get("train", by_class)), f"{path}/{name}")
     unknown = sorted(set(by_class) - set(names))
     if unknown:
         odd = shown(unknown[0])
@@ -70,14 +61,14 @@ def find_part(path: Path, name: PartName) -> SourcePart:
     files = [(label, location) for label, class_name in enumerate(names) for location in by_class.get(class_name, [])]
     return SourcePart(
         name=name,
-        fingerprint=_fingerprint(path, listing, files, names),
-        read=lambda image_size, file: _read(path, listing, files, names, image_size, file),
+        fingerprint=_fingerprint(path, files, names),
+        read=lambda image_size, file: _read(path, files, names, image_size, file),
     )
 
 
-def _fingerprint(path: Path, listing: _Listing, files: list[tuple[int, str]], names: tuple[str, ...]) -> str:
+def _fingerprint(path: Path, files: list[tuple[int, str]], names: tuple[str, ...]) -> str:
     sha = hashlib.sha256(json.dumps([names, [label for label, _ in files]]).encode())
-    with listing.open() as root:
+    with _opened(path) as root:
         for _, location in files:
             sha.update(hashlib.sha256(_content(path, root, location)).digest())
     return sha.hexdigest()
@@ -85,45 +76,69 @@ def _fingerprint(path: Path, listing: _Listing, files: list[tuple[int, str]], na
 
 def _read(
     path: Path,
-    listing: _Listing,
     files: list[tuple[int, str]],
     names: tuple[str, ...],
     image_size: int | None,
     file: Path | None,
 ) -> ImageSet:
-    with listing.open() as root:
+    with _opened(path) as root:
         encoded = ((f"{path}/{shown(location)}", _content(path, root, location)) for _, location in files)
         images = decode_images(encoded, len(files), image_size, file)
     labels = torch.tensor([label for label, _ in files], dtype=torch.int64)
     return make_image_set(torch.from_numpy(images), labels, names)
 
 
-def _list(path: Path) -> _Listing:
-    if path.is_dir():
-        listing = _Listing(_classes(path, path), lambda: nullcontext(path))
-    elif path.is_file():
+def _list(path: Path) -> Listing:
+    """What a folder or zip holds, by name only."""
+    if path.is_file():
         check_zip(path)
-        with open_zip(path) as root:
-            listing = _Listing(_classes(path, root), lambda: open_zip(path))
-    else:
+    elif not path.is_dir():
         raise UserError(f"imagefolder:{path} must be a folder or a zip file, but there is no such path.")
-    if not listing.classes:
+    with _opened(path) as root:
+        listing = _classes(path, root)
+    if not listing:
         raise UserError(f"imagefolder:{path} must hold train/<class>/ or test/<class>/ folders with images.")
     return listing
 
 
-def _classes(path: Path, root: Root) -> dict[PartName, dict[str, list[str]]]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Root]:
+    """The folder with the parts, to be walked through and read while the block runs: the path's own, or one in it."""
+    with open_zip(path) if path.is_file() else nullcontext(path) as root:
+        yield _root_of_parts(path, root)
+
+
+def _root_of_parts(path: Path, root: Root) -> Root:
+    try:
+        if _has_part(root):
+            return root
+        inside = [child for child in _children(root) if _has_part(child)]
+    except OSError as error:
+        raise _unlistable(path, error) from error
+    if len(inside) > 1:
+        first, second = (shown(path / child.name) for child in inside[:2])
+        raise UserError(f"imagefolder:{path} must hold one data set, but {first} and {second} are two; name one.")
+    return inside[0] if inside else root
+
+
+def _has_part(folder: Root) -> bool:
+    return any((folder / part).is_dir() for part in _PARTS)
+
+
+def _unlistable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{shown(error.filename or path)} cannot be listed ({error.strerror}); it must be readable.")
+
+
+def _classes(path: Path, root: Root) -> Listing:
     """The files of each class folder of each part, as paths below the root."""
-    classes: dict[PartName, dict[str, list[str]]] = {}
+    classes: Listing = {}
     try:
         for part in _PARTS:
             for folder in _children(root / part):
                 if folder.is_dir():
                     _add_class(classes.setdefault(part, {}), path, part, folder)
     except OSError as error:
-        raise UserError(
-            f"{shown(error.filename or path)} cannot be listed ({error.strerror}); it must be readable."
-        ) from error
+        raise _unlistable(path, error) from error
     return classes
 
 

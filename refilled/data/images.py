@@ -88,6 +88,8 @@ def make_image_set(images: Pixels, labels: Tensor, class_names: Sequence[str]) -
 def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]:
     """The names as a tuple, if they are different, non-empty strings that can be printed as they are.
 
+    Accents are composed (NFC), as file systems and lists that people write have them both ways.
+
     Args:
         class_names: Names to check.
         where: The file or field they come from, for the message.
@@ -95,7 +97,7 @@ def check_class_names(class_names: Sequence[str], where: str) -> tuple[str, ...]
     Raises:
         UserError: Naming `where` and the odd name.
     """
-    names = tuple(class_names)
+    names = tuple(unicodedata.normalize("NFC", name) if isinstance(name, str) else name for name in class_names)
     if not names:
         raise UserError(f"{where} must name at least one class.")
     seen: set[str] = set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import unicodedata
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -67,7 +68,7 @@ def order_classes(order: str, class_names: tuple[str, ...]) -> tuple[str, ...]:
         text = resources.files("refilled.data").joinpath("class_orders/cifar_fs.txt").read_text(encoding="utf-8")
     else:
         try:
-            text = Path(order).read_text(encoding="utf-8")
+            text = Path(order).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:  # not there, not text, not a path
             raise UserError(
                 f"class_order must be {', '.join(NAMED_ORDERS)} or a readable text file with one class a line, "
@@ -124,7 +125,8 @@ def empty_classes(image_set: ImageSet) -> tuple[str, ...]:
 
 
 def _lines_once(text: str, where: str) -> tuple[str, ...]:
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    lines = unicodedata.normalize("NFC", text).splitlines()
+    names = tuple(line.strip() for line in lines if line.strip())
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{where} must name every class once, but names {shown(repr(twice))} twice.")

@@ -26,6 +26,10 @@ DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
     *(EOFError, OSError, RuntimeError, ValueError, IndexError, OverflowError),
 )
+_LITTER = {
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),  # of Windows
+    *("__macosx", "icon\r", "lost+found", "@eadir", "#recycle", "@recycle"),  # of macOS, Linux and network disks
+}
 _END = struct.Struct("<4s4H2LH")  # the end record: signature, two disks, members here, members in all, ...
 _END_SIGNATURE = b"PK\5\6"
 _MANY = 0xFFFF  # the end record's number where another record has it
@@ -43,10 +47,20 @@ def open_zip(path: Path) -> Iterator[zipfile.Path]:
     except DAMAGE as error:
         raise _unreadable(path, one_line(error)) from error
     with archive:
-        root = zipfile.Path(archive)
-        children = [child for child in root.iterdir() if not is_litter(child.name)]
-        is_wrapped = len(children) == 1 and children[0].is_dir() and children[0].name not in ("train", "test")
-        yield children[0] if is_wrapped else root
+        _turn_backslashes(archive)
+        yield zipfile.Path(archive)
+
+
+def _turn_backslashes(archive: zipfile.ZipFile) -> None:
+    """Read names with the separator that some Windows programs write as paths, where no name has the right one."""
+    members = archive.infolist()
+    if any("/" in member.filename for member in members):
+        return
+    for member in members:
+        member.filename = member.filename.replace(
+            "\\", "/"
+        )  # the name in front of the content is compared with another
+        archive.NameToInfo[member.filename] = member
 
 
 def check_zip(path: Path) -> None:
@@ -72,8 +86,8 @@ def check_zip(path: Path) -> None:
 
 
 def is_litter(name: str) -> bool:
-    """Whether a name is what file managers leave behind, not data."""
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+    """Whether a name is what file managers and network disks leave behind, not data."""
+    return name.startswith((".", "~$")) or name.lower() in _LITTER
 
 
 def _check(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:

@@ -180,7 +180,7 @@ def test_names_of_both_spellings_are_one_class(tmp_path: Path, storage: Storage)
     ("name", "content", "sentence"),
     [
         ("labels.csv", b"file,label\n", r"labels\.csv does not decode as an image \(unknown format\)"),
-        ("empty.jpg", b"", r"empty\.jpg does not decode as an image"),
+        ("empty.jpg", b"", r"empty\.jpg is empty"),
         ("cut.jpg", written(Image.fromarray(wedge()).resize((64, 64)), "JPEG")[:400], r"cut\.jpg does not decode"),
         ("float.tiff", written(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "floating-point pixels"),
         ("large.png", written(Image.new("RGB", (20, 30))), r"large\.png has 20 x 30 pixels but .*set image_size"),

@@ -323,7 +323,7 @@ BAD_FOLDERS = {
         r"train/one/1\.jpeg has 7 x 9 pixels but .*train/nil/0\.png has 12 x 12; set image_size",
     ),
     "no image": (lambda p: (p / "train/two/notes.txt").write_text("no"), r"train/two/notes\.txt does not decode"),
-    "empty file": (lambda p: (p / "train/two/2.webp").write_bytes(b""), r"train/two/2\.webp does not decode"),
+    "empty file": (lambda p: (p / "train/two/2.webp").write_bytes(b""), r"train/two/2\.webp is empty"),
     "truncated png": (lambda p: truncate(p / "train/nil/0.png"), r"train/nil/0\.png does not decode"),
     "truncated jpeg": (lambda p: truncate(p / "train/one/1.jpeg", 0.9), r"train/one/1\.jpeg does not decode"),
     "many pixels": bomb(8200),
