@@ -18,6 +18,10 @@ class StorageFullError(UserError):
     """There is no room left where something must be kept; what was there is whole."""
 
 
+class DataChangedError(UserError):
+    """Images are no longer those with which a search, or a run, began."""
+
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

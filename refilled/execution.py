@@ -86,10 +86,11 @@ def _rows_of_finished(folder: RunFolder) -> list[EpochMetrics] | None:
 
 
 def refit(config: RunConfig, storage: Storage, compute: Compute, on_report: Report | None = None) -> float:
-    """Train on all training images, then read the test set, once for this configuration and seed (invariant 1).
+    """Train on all training images, then read the test set, once for this configuration, seed and set (invariant 1).
 
-    This is the only place that reads test images, and it takes only configurations that hold nothing out, which no
-    search runs. The arguments are those of `execute`.
+    This is the only place that tests on test images, and it takes only configurations that hold nothing out, which no
+    search runs. What was read from other test images than those of now is read again. The arguments are those of
+    `execute`.
 
     Returns:
         Test accuracy of the student at the end of the run.
@@ -98,15 +99,19 @@ def refit(config: RunConfig, storage: Storage, compute: Compute, on_report: Repo
     execute(config, storage, compute, on_report)
     folder = run_folder(config, storage)
     with storage.exclusive(folder.path):
-        value = distributed.from_rank_zero(folder.test_accuracy())
-        if value is None:
-            task = load_task(config, storage)
-            test = load_test_images(config, storage, task.spaces.student)
+        task = load_task(config, storage)
+        test = load_test_images(config, storage, task.spaces.student)
+        known = folder.test() if distributed.rank() == 0 else None
+        if known is not None and known["test_digest"] != test.digest:
+            known = None
+        known = distributed.from_rank_zero(known)
+        if known is None:
             storage.fetch(folder.model_path)
             student = compute.place_model(load_model(folder.model_path))
             value = accuracy(student, test, task.normalization, compute)
-            folder.keep_test({"test_accuracy": value, "num_images": len(test.labels), "test_digest": test.digest})
-        return value
+            known = {"test_accuracy": value, "num_images": len(test.labels), "test_digest": test.digest}
+            folder.keep_test(known)
+        return float(known["test_accuracy"])
 
 
 def _about(config: RunConfig, task: Task) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -90,7 +90,10 @@ _ELSEWHERE = (
     *("data", "class_order", "num_teacher_classes", "num_student_classes", "overlap", "method", "epochs"),
     *("teacher_data", "teacher_classes", "student_classes"),
 )
-_INDIFFERENT = ("checkpoint_every", "max_image_gib", "embedding_cache.mode", "embedding_cache.max_gib")
+_INDIFFERENT = (
+    *("checkpoint_every", "max_image_gib", "embedding_cache.mode", "embedding_cache.max_gib"),
+    *("data_digest", "teacher_data_digest"),
+)
 _OF_TEACHER = (
     *("teacher", "teacher_epochs", "embedding_cache.dtype"),
     *(f"teacher_{name}" for name in ("weights", "image_size", "mean", "std", "embedding", "features")),

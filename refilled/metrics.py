@@ -82,12 +82,17 @@ class TrialEnd:
 
     Attributes:
         kind: `diverged`: the loss was no longer finite. `failed`: for another reason of its own that would only come
-            again. `storage_full`: no trial of the search can go on.
+            again. `storage_full`, `data_changed`: no trial of the search can go on.
         reason: A sentence for people.
     """
 
-    kind: Literal["diverged", "failed", "storage_full"]
+    kind: Literal["diverged", "failed", "storage_full", "data_changed"]
     reason: str
+
+    @property
+    def is_of_all(self) -> bool:
+        """Whether no other trial of the search can go on either."""
+        return self.kind in ("storage_full", "data_changed")
 
     def to_dict(self) -> dict[str, str]:
         """Plain data, which a trial reports in place of a row: no name is one of a row's."""

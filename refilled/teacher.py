@@ -49,6 +49,7 @@ def pretraining_run(config: RunConfig) -> RunConfig:
     data = config.teacher_data or config.data
     return RunConfig(
         data=data,
+        data_digest=config.data_digest if data == config.data else config.teacher_data_digest,
         image_size=config.image_size,
         class_order=config.class_order if data == config.data else "alphabetical",
         num_teacher_classes=config.num_teacher_classes,

@@ -59,6 +59,8 @@ SETTINGS: dict[str, tuple[Any, bool]] = {
     "compile": (True, True),
     "checkpoint_every": (3, False),
     "max_image_gib": (1e-7, False),
+    "data_digest": ("8a4e9aee7f3d1b064f5f54fee917bb08c6d5917cb73bab279c274eddeeb4d3a5", False),  # of the digits
+    "teacher_data_digest": ("0" * 64, False),
     "ncm_images_per_class": (7, True),
     "embedding.temperature": (1.0, True),
     "embedding.student_temperature": (1.0, True),

@@ -182,6 +182,8 @@ def _cell(template: RunConfig, method: str, place: Place, storage: Storage) -> C
         task = load_task(run, storage)
         check_classes(run, task.spaces)
         run = with_stored_weights(run, task, storage)
+        of_teacher = task.spaces.teacher_digest or None
+        run = dataclasses.replace(run, data_digest=task.data_digest, teacher_data_digest=of_teacher)
         return Cell(
             overlap=place.overlap,
             teacher=place.teacher if needs_teacher(run) else NO_TEACHER,

@@ -11,7 +11,7 @@ from refilled.stages import needs_teacher
 from refilled.storage import Storage
 from refilled.teacher import teacher_folder
 from tune.backend.cluster import Resources
-from tune.backend.jobs import JobSpec, run_jobs
+from tune.backend.jobs import JobSpec, raise_if_of_all, run_jobs
 from tune.progress import Progress
 
 TEACHERS, CACHES = "pre-training teachers", "computing embedding caches"
@@ -67,6 +67,7 @@ def _run(jobs: Sequence[JobSpec], phase: str, storage: Storage, progress: Progre
     progress.start_jobs(phase, len(jobs))
     for result in run_jobs(jobs, storage, resources):
         if result.error is not None:
+            raise_if_of_all(result.error)
             what = f"{result.job.kind} of {result.job.run.teacher}"
             progress.note(f"{phase.capitalize()}: {what} failed: {str(result.error).strip().splitlines()[-1]}")
         progress.job_ended()

@@ -6,17 +6,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from refilled.config import RunConfig
+from refilled.errors import DataChangedError
 from refilled.export import ExportError
 from refilled.methods import VANILLA, has_embedding_stage
 from refilled.model_card import Origin
 from refilled.storage.run_folder import RunFolder
 from refilled.student_files import write_student_files
 from tune.backend.cluster import Resources
-from tune.backend.jobs import JobSpec, run_jobs
+from tune.backend.jobs import JobSpec, raise_if_of_all, run_jobs
 from tune.plan import Plan
 from tune.prepare import ON_ALL, prepare
 from tune.progress import Progress
@@ -63,21 +65,54 @@ def refit_winners(
     """Refit every winner with every seed and read the test set; a winner whose refits fail has no result."""
     groups = {name: _refits_of(plan, winner) for name, winner in winners.items()}
     wanted = {recorder.key(each.cell, each.run): each for group in groups.values() for each in group}
-    missing = [each.run for each in wanted.values() if recorder.folder(each.cell, each.run).test_accuracy() is None]
+    before = {key: recorder.folder(each.cell, each.run).test() for key, each in wanted.items()}
+    missing = [wanted[key].run for key, test in before.items() if test is None]
     prepare([(run, 1) for run in missing], plan.storage, progress, resources, suffix=ON_ALL)
     for each in wanted.values():
         recorder.open_refit(each.cell, each.run, each.role)
     progress.start_jobs("refitting winners", len(wanted))
     tested: dict[str, float | None] = {}
+    after: dict[str, dict[str, Any]] = {}
     jobs = [JobSpec("refit", key, each.run) for key, each in wanted.items()]
     for result in run_jobs(jobs, plan.storage, resources):
         each = wanted[result.job.name]
-        value = None if result.error else recorder.folder(each.cell, each.run).test_accuracy()
+        test = None if result.error else recorder.folder(each.cell, each.run).test()
         if result.error is not None:
+            raise_if_of_all(result.error)
             progress.note(f"A refit of {each.cell.name} failed: {str(result.error).strip().splitlines()[-1]}")
+        if test is not None:
+            after[result.job.name] = test
+        value = None if test is None else float(test["test_accuracy"])
         tested[recorder.close_refit(each.cell, each.run, value)] = value
         progress.job_ended()
+    _require_one_test_set(wanted, before, after, progress)
     return _results(plan, winners, groups, tested, recorder)
+
+
+def _require_one_test_set(
+    wanted: Mapping[str, _Refit],
+    before: Mapping[str, dict[str, Any] | None],
+    after: Mapping[str, dict[str, Any]],
+    progress: Progress,
+) -> None:
+    """See to it that means are over one test set: all refits with the same classes have read the same images.
+
+    Raises:
+        DataChangedError: The images changed between two of them.
+    """
+    seen: dict[tuple[str, ...], set[str]] = {}
+    num_again = 0
+    for key, test in after.items():
+        seen.setdefault(wanted[key].cell.spaces.student, set()).add(test["test_digest"])
+        earlier = before[key]
+        num_again += earlier is not None and earlier["test_digest"] != test["test_digest"]
+    if num_again:
+        progress.note(f"The test images have changed since {num_again} refits were tested, which were tested again.")
+    if any(len(digests) > 1 for digests in seen.values()):
+        raise DataChangedError(
+            "The test images changed while refits were tested on them; start the same command again, which tests "
+            "those again that saw other images."
+        )
 
 
 def refitted(plan: Plan, trials: Mapping[str, Sequence[FrozenTrial]]) -> set[str]:

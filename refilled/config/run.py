@@ -63,6 +63,11 @@ class RunConfig(NetworksConfig):
     max_image_gib: PositiveFloat | None = None
     """Most memory that a set of images may take, in GiB; larger ones are read from the file of decoded images batch by
     batch, one batch ahead, to the same numbers. None: half of what is free."""
+    data_digest: str | None = None
+    """Digest that the training images must have, as configurations, cards and MLflow tell it; a search notes that of
+    the images with which it begins, and every worker refuses others. None: any."""
+    teacher_data_digest: str | None = None
+    """Likewise of `teacher_data`."""
     ncm_images_per_class: PositiveInt = 50
     """Training images a class that estimate the class means for validation during stage embedding."""
 

@@ -171,19 +171,29 @@ class RunFolder:
             return None
         return row
 
-    def test_accuracy(self) -> float | None:
-        """What a refit read from the test set; none where it has not, or, after a warning, the file is damaged."""
+    def test(self) -> dict[str, Any] | None:
+        """What a refit read from the test set: `test_accuracy`, and of which images (`num_images`, `test_digest`).
+
+        None where it has not, or, after a warning, the file is damaged.
+        """
         path = self.path / "test.json"
         if not self.storage.fetch(path):
             return None
         try:
-            value = float(self.storage.read_json(path)["test_accuracy"])
-            if not 0 <= value <= 1:
-                raise ValueError(f"{value} is no share")
+            found = dict(self.storage.read_json(path))
+            if not 0 <= float(found["test_accuracy"]) <= 1:
+                raise ValueError(f"{found['test_accuracy']} is no share")
+            if not isinstance(found["test_digest"], str):
+                raise ValueError(f"{found['test_digest']} is no digest")
         except (UserError, KeyError, TypeError, ValueError) as error:
             _log.warning("%s must hold a test accuracy, but does not (%s).", path, error)
             return None
-        return value
+        return found
+
+    def test_accuracy(self) -> float | None:
+        """What a refit read from the test set, whichever that was; none as of `test`."""
+        found = self.test()
+        return None if found is None else float(found["test_accuracy"])
 
     def keep_test(self, about: Mapping[str, Any]) -> None:
         """Keep what a refit read from the test set: `test_accuracy`, and of which images."""

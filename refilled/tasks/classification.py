@@ -22,7 +22,8 @@ from refilled.data.label_space import (
 )
 from refilled.data.pixels import free_bytes
 from refilled.data.sources import load_test, load_train
-from refilled.errors import UserError
+from refilled.data.text import shown
+from refilled.errors import DataChangedError, UserError
 from refilled.models.foreign import InputConfig, input_config
 from refilled.storage import Storage
 from refilled.tasks.normalization import Normalization, measure
@@ -36,8 +37,8 @@ def _teacher_input(config: RunConfig, storage: Storage) -> InputConfig | None:
     """
     if config.teacher_data not in (None, config.data):
         assert config.teacher_data is not None
-        own, normalization = _load_all(config.teacher_data, config.image_size, storage, max_bytes_of(config))
-        channels = _load_all(config.data, config.image_size, storage, max_bytes_of(config))[0].images.shape[1]
+        own, normalization = _images_of(config, storage, of_teacher=True)
+        channels = _images_of(config, storage)[0].images.shape[1]
         if own.images.shape[1] < channels:
             raise UserError(
                 f"teacher_data must have images with {channels} channels, as many as data has, got "
@@ -134,7 +135,7 @@ def spaces_of(config: RunConfig, storage: Storage) -> LabelSpaces:
 
     Classes that the data declares and has no training image of are left out.
     """
-    image_set, _ = _load_all(config.data, config.image_size, storage, max_bytes_of(config))
+    image_set, _ = _images_of(config, storage)
     ordered = _filled(config.class_order, image_set)
     if not config.is_explicit:
         return label_spaces(
@@ -149,7 +150,7 @@ def spaces_of(config: RunConfig, storage: Storage) -> LabelSpaces:
     if config.teacher_data in (None, config.data):
         return LabelSpaces(teacher=_listed(config, "teacher_classes", image_set) or ordered, student=student)
     assert config.teacher_data is not None
-    of_teacher, _ = _load_all(config.teacher_data, config.image_size, storage, max_bytes_of(config))
+    of_teacher, _ = _images_of(config, storage, of_teacher=True)
     teacher = _listed(config, "teacher_classes", of_teacher) or _filled("alphabetical", of_teacher)
     return LabelSpaces(teacher=teacher, student=student, teacher_digest=of_teacher.digest)
 
@@ -183,6 +184,21 @@ def load_test_images(config: RunConfig, storage: Storage, classes: tuple[str, ..
     max_bytes = max_bytes_of(config)
     image_set = load_test(config.data, storage=storage, image_size=config.image_size, max_bytes=max_bytes)
     return select_classes(image_set, torch.arange(len(image_set.labels)), classes, max_bytes)
+
+
+def _images_of(config: RunConfig, storage: Storage, *, of_teacher: bool = False) -> tuple[ImageSet, Normalization]:
+    """All training images, which must be those that the configuration knows, if it does."""
+    source = config.teacher_data if of_teacher else config.data
+    wanted = config.teacher_data_digest if of_teacher else config.data_digest
+    assert source is not None
+    found = _load_all(source, config.image_size, storage, max_bytes_of(config))
+    if wanted not in (None, found[0].digest):
+        name = "teacher_data" if of_teacher else "data"
+        raise DataChangedError(
+            f"The training images of {name} {shown(source)} have changed: their digest is {found[0].digest}, not "
+            f"{wanted}; put back what was there, or start a search of its own on what is there now."
+        )
+    return found
 
 
 @functools.lru_cache(maxsize=4)  # the student's images and the teacher's, of one overlap after the other

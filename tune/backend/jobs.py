@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from refilled.config import RunConfig
+from refilled.errors import DataChangedError
 from refilled.storage import Storage
 from tune.backend.cluster import Resources
 from tune.backend.trainer import train_on_group
@@ -52,6 +53,17 @@ def run_jobs(jobs: Sequence[JobSpec], storage: Storage, resources: Resources) ->
             pool.submit(do, job)
         for _ in jobs:
             yield done.get()
+
+
+def raise_if_of_all(error: Exception) -> None:
+    """Raise what ended a job and would end all others too, such as images that have changed.
+
+    Raises:
+        DataChangedError: That is what it was; from a worker's process it comes wrapped.
+    """
+    cause = getattr(error, "cause", error)
+    if isinstance(cause, DataChangedError):
+        raise cause
 
 
 def _on_one_worker(job: JobSpec, storage: Storage, resources: Resources) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from refilled.config import Precision, RunConfig
-from refilled.errors import UserError, storage_full
+from refilled.errors import DataChangedError, UserError, storage_full
 from refilled.metrics import Report, TrialEnd
 from refilled.storage import Storage
 
@@ -108,6 +108,8 @@ def trial_end(error: Exception) -> TrialEnd | None:
     full = storage_full(error)
     if full is not None:
         return TrialEnd("storage_full", str(full))
+    if isinstance(error, DataChangedError):
+        return TrialEnd("data_changed", str(error))
     if isinstance(error, FINAL_ERRORS):
         return TrialEnd("diverged" if isinstance(error, FloatingPointError) else "failed", str(error))
     return None

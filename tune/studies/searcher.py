@@ -129,7 +129,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
             return
         if END in result:
             live.end = TrialEnd.from_dict(result)
-            if live.end.kind == "storage_full":
+            if live.end.is_of_all:
                 self.stopped_because = live.end.reason
         elif "epoch" in result:
             self._note_row(live, EpochMetrics.from_dict(result))
@@ -163,7 +163,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray has no types
         if result:
             self.on_trial_result(trial_id, result)
         live = self._live.pop(trial_id, None)
-        if live is None or (live.end is not None and live.end.kind == "storage_full"):
+        if live is None or (live.end is not None and live.end.is_of_all):
             return
         if trial_id in self._requeued:
             live.cell.requeue(live.trial)
