@@ -38,6 +38,7 @@ DIFFERENCE_COLUMNS = (*CELL, "method", "other", "mean", "ci95", "num_pairs")
 _TYPES = {"images_per_class": "Int64"}
 _KINDS = ("trial", "refit")
 _ROLE_OF_SHORT = "baseline_short"
+_OF_REFITS = ("params.seed", "params.val_fraction", "params.epochs")  # in which refits differ from their winner
 _ROLES = ("method", _ROLE_OF_SHORT)
 
 
@@ -46,8 +47,8 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
 
     What was run without a teacher, such as the vanilla student, stands in every cell of its search, overlap, student
     and images a class, and in a cell of teacher `NO_TEACHER` where there is none. The vanilla student's refits with the
-    classifier stage's epochs alone are the method `SHORT_VANILLA`. Only finished refits with a test accuracy count; of
-    two with the same seed (the search went on and found another winner) the later one.
+    classifier stage's epochs alone are the method `SHORT_VANILLA`. Only finished refits of the winner with a test
+    accuracy count, not those of an earlier one, which a search that went on leaves behind.
 
     Args:
         runs: What `analysis.runs.fetch_runs` returns.
@@ -65,7 +66,10 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
 
     rows: list[dict[str, Any]] = []
     for cell, of_cell in _placed(runs).groupby(CELL, sort=True, dropna=False):
-        methods = {str(method): _of_method(of_method) for method, of_method in of_cell.groupby("method")}
+        groups = {str(method): of_method for method, of_method in of_cell.groupby("method")}
+        winners = {method: _winner(of_method) for method, of_method in groups.items()}
+        winners[SHORT_VANILLA] = winners.get(VANILLA)
+        methods = {method: _of_method(of_method, winners[method]) for method, of_method in groups.items()}
         for method in in_order(methods):
             place = dict(zip(CELL, cell, strict=True)) | {"method": method}
             rows.append(place | methods[method] | _to_vanilla(method, methods))
@@ -134,16 +138,23 @@ def _placed(runs: pd.DataFrame) -> pd.DataFrame:
     return listed.explode("teacher", ignore_index=True)
 
 
-def _of_method(runs: pd.DataFrame) -> dict[str, Any]:
-    """What the runs of one method in one cell say by themselves."""
+def _winner(runs: pd.DataFrame) -> pd.Series[Any] | None:
+    """The winning trial of one method in one cell."""
+    winners = runs[(runs["kind"] == "trial") & runs["winner"]]
+    best = winners.sort_values("val_accuracy", ascending=False, kind="stable").head(1)
+    return best.iloc[0] if len(best) else None
+
+
+def _of_method(runs: pd.DataFrame, winner: pd.Series[Any] | None) -> dict[str, Any]:
+    """What the runs of one method in one cell say, and the winner, which `SHORT_VANILLA` has of another."""
     trials = runs[runs["kind"] == "trial"]
-    winner = trials[trials["winner"]].sort_values("val_accuracy", ascending=False, kind="stable").head(1)
-    refits = _finished_refits(runs)
+    own_winner = [] if winner is None or winner["run_id"] not in set(trials["run_id"]) else [winner["run_id"]]
+    refits = _finished_refits(runs, winner)
     values = refits["test_accuracy"].tolist()
     mean, ci95 = _mean_and_ci95(values)
-    shown = runs[runs["run_id"].isin([*winner["run_id"], *refits["run_id"]])]
+    shown = runs[runs["run_id"].isin([*own_winner, *refits["run_id"]])]
     return {
-        "val_accuracy": winner["val_accuracy"].iloc[0] if len(winner) else math.nan,
+        "val_accuracy": winner["val_accuracy"] if winner is not None and own_winner else math.nan,
         "seeds": refits["seed"].tolist(),
         "test_accuracy": values,
         "mean": mean,
@@ -151,14 +162,22 @@ def _of_method(runs: pd.DataFrame) -> dict[str, Any]:
         "num_trials": len(trials),
         "num_pruned": int((trials["status"] == "KILLED").sum()),
         "num_failed": int((trials["status"] == "FAILED").sum()),
-        "run_ids": [*winner["run_id"], *refits["run_id"]],
+        "run_ids": [*own_winner, *refits["run_id"]],
         "code_versions": sorted(set(shown["code_version"]) - {""}),
         "data_digests": sorted(set(shown["data_digest"]) - {""}),
     }
 
 
-def _finished_refits(runs: pd.DataFrame) -> pd.DataFrame:
+def _finished_refits(runs: pd.DataFrame, winner: pd.Series[Any] | None) -> pd.DataFrame:
+    """Those of the winner: a search that went on may have refits of an earlier one, which no mean may mix in."""
+    import pandas as pd
+
     done = runs[(runs["kind"] == "refit") & (runs["status"] == "FINISHED") & runs["test_accuracy"].notna()]
+    if winner is not None:
+        names = [name for name in map(str, runs.columns) if name.startswith("params.") and name not in _OF_REFITS]
+        for name in names:  # a setting that an older version did not record is told by no run of it
+            if not pd.isna(winner[name]):
+                done = done[(done[name] == winner[name]) | done[name].isna()]
     latest = done.sort_values("start_time", kind="stable").drop_duplicates("seed", keep="last")
     return latest.sort_values("seed", kind="stable")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,8 +113,8 @@ class Student:
         Args:
             images: A file's path, the content of one (bytes), a Pillow image, or uint8 [H, W], [H, W, C] or [C, H, W];
                 several of them; or a uint8 array or tensor [N, C, H, W] or [N, H, W, C]. What has another size than the
-                training images is resized as they were (shorter side, bicubic with antialiasing, central square);
-                an EXIF orientation is not applied, in training neither.
+                training images is resized as they were (shorter side, bicubic with antialiasing, central square), and
+                a photograph is turned as its EXIF orientation says, as in training.
 
         Raises:
             UserError: Naming the image that cannot be read, or the array whose type or layout does not fit.
@@ -141,7 +142,7 @@ class Student:
     def _logits(self, images: Images) -> Iterator[Tensor]:
         for pixels in batches(images, self.image_shape, self.batch_size):
             with torch.no_grad():  # not around the yield: the caller would run under it too
-                logits = self.logits_of(torch.from_numpy(pixels))
+                logits = self.logits_of(torch.from_numpy(np.array(pixels, order="C")))  # torch takes no others
             yield logits
 
     def __repr__(self) -> str:

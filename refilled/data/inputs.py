@@ -92,18 +92,21 @@ def _pixels(images: Sequence[Any], shape: Shape) -> Pixels:
 def _fitted(pixels: Pixels, shape: Shape, name: str) -> Pixels:
     """Pixels [N, C', H', W'] with the channels and size of `shape`."""
     num_channels, height, width = shape
-    if {pixels.shape[1], num_channels} == {1, 3}:
-        pixels = np.repeat(pixels, 3, axis=1) if num_channels == 3 else _grey(pixels)
-    if pixels.shape[1] != num_channels:
+    is_grey = {pixels.shape[1], num_channels} == {1, 3}
+    if pixels.shape[1] != num_channels and not is_grey:
         raise UserError(f"{name} must have {num_channels} channels, as the training images had, got {pixels.shape[1]}.")
-    if pixels.shape[2:] == (height, width):
-        return pixels
-    if height != width or num_channels not in (1, 3):
-        raise UserError(
-            f"{name} must have {width} x {height} pixels, as the training images had, got "
-            f"{pixels.shape[3]} x {pixels.shape[2]}."
-        )
-    return resize_images(pixels, height)
+    if 0 in pixels.shape[2:]:
+        raise UserError(f"{name} must have pixels, got {pixels.shape[3]} x {pixels.shape[2]}.")
+    if pixels.shape[2:] != (height, width):
+        if height != width or num_channels not in (1, 3):
+            raise UserError(
+                f"{name} must have {width} x {height} pixels, as the training images had, got "
+                f"{pixels.shape[3]} x {pixels.shape[2]}."
+            )
+        pixels = resize_images(pixels, height)  # in colour, as files are
+    if is_grey:
+        return np.repeat(pixels, 3, axis=1) if num_channels == 3 else _grey(pixels)
+    return pixels
 
 
 def _grey(pixels: Pixels) -> Pixels:
@@ -162,7 +165,7 @@ def _from_array(array: Array, shape: Shape) -> Pixels:
             f"images must be uint8 [N, C, H, W] or [N, H, W, C], or one of them without N, with C = {num_channels}, "
             f"got {_kind(array)}{unclear}."
         )
-    pixels = pixels.reshape(-1, *tail)
+    pixels = pixels[None] if pixels.ndim == 3 else pixels
     return pixels if is_first else np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 

@@ -18,7 +18,7 @@ from refilled.errors import UserError
 from refilled.keyed import derive_seed
 from refilled.methods import is_of_package, is_users
 from refilled.models import convnet, foreign, mobilenet, wide_resnet
-from refilled.models.adapted import Adapted
+from refilled.models.adapted import Adapted, CannotTakeError
 from refilled.models.dropout import KeyedDropout
 from refilled.models.output import Family, Model, Output
 from refilled.user_code import load_object
@@ -159,6 +159,7 @@ def _foreign_or_users(
         network = _in_float64(lambda: _users(name, sources, arguments))
         greys = [False, True] if arguments["in_channels"] == 1 else [False]
     size = arguments["image_size"]
+    refused: list[str] = []
     for repeats_grey in greys:
         try:
             return Adapted(
@@ -171,10 +172,9 @@ def _foreign_or_users(
                 features=features,
                 repeats_grey=repeats_grey,
             ).train()
-        except UserError:
-            if repeats_grey is greys[-1]:
-                raise
-    raise AssertionError("the loop returns or raises")
+        except CannotTakeError as error:
+            refused.append(str(error).rstrip("."))
+    raise UserError(f"{'; and '.join(refused)}.")
 
 
 def _in_float64(build: Callable[[], nn.Module]) -> nn.Module:

@@ -78,6 +78,7 @@ class Adapted(Model):
             found = network.get_submodule(head_name)
             assert isinstance(found, nn.Linear)
             network.set_submodule(head_name, nn.Identity())
+            probe.require_same_scores(_plain(found))
             head = _plain(found) if embedding is None else None
         said = probe.outputs[embedding] if embedding else probe.output
         dim = head.in_features if head else as_vectors(said, is_channels_last(said)).shape[1]
@@ -108,6 +109,10 @@ class Adapted(Model):
         return Output(embedding, logits.to(embedding.dtype), maps)
 
 
+class CannotTakeError(UserError):
+    """A network raises an error where it is given images."""
+
+
 class _Probe:
     """What a network and its modules return for two images, in evaluation."""
 
@@ -115,26 +120,30 @@ class _Probe:
         self._network, self._name = network, name
         self.outputs: Mapping[str, Any] = {}
         names = [each for each, _ in network.named_modules() if each]
-        images = torch.zeros(2, *shape)
-        images[1] = 1  # two different rows
-        was_training = network.training
-        network.eval()
+        self._images = torch.zeros(2, *shape)
+        self._images[1] = 1  # two different rows
         try:
-            with torch.no_grad(), caught(network, names) as self.outputs, _caught_inputs(network) as self.inputs:
-                self.output: Any = network(images)
+            with caught(network, names) as self.outputs, _caught_inputs(network) as self.inputs:
+                self.output: Any = self._evaluate()
         except Exception as error:  # whatever a network of somebody else's raises
             size = f"{shape[0]} x {shape[1]} x {shape[2]}"
             said = " ".join(str(error).split())[:300]
-            raise UserError(
+            raise CannotTakeError(
                 f"model {name!r} must take images of {size}, but raises {type(error).__name__}: {said.rstrip('.')}."
             ) from error
-        finally:
-            network.train(was_training)
         if not isinstance(self.output, Tensor) or self.output.dim() not in (2, 4) or len(self.output) != 2:
             shown = tuple(self.output.shape) if isinstance(self.output, Tensor) else type(self.output).__name__
             raise UserError(
                 f"model {name!r} must return a tensor of class scores [B, C] or embeddings [B, D], got {shown}."
             )
+
+    @torch.no_grad()
+    def _evaluate(self) -> Any:
+        was_training = self._network.training
+        try:
+            return self._network.eval()(self._images)
+        finally:
+            self._network.train(was_training)
 
     def head_name(self) -> str | None:
         """The linear layer whose output is the network's."""
@@ -146,6 +155,19 @@ class _Probe:
             if isinstance(module, nn.Linear) and torch.allclose(_plain(module)(self.inputs[name]), output, atol=1e-5):
                 return str(name)
         return None
+
+    def require_same_scores(self, head: nn.Linear) -> None:
+        """Refuse a network of which, now that its head is taken out, the head does not make the scores it had."""
+        try:
+            returned = self._evaluate()
+            same = torch.allclose(head(returned), self.output, rtol=1e-4, atol=1e-4)
+        except Exception:  # whatever it does with a head that is none, such as reading its weights
+            same = False
+        if not same:
+            raise UserError(
+                f"model {self._name!r} must use its last linear layer once, at its end, and not its weights elsewhere, "
+                "and return the same for the same images in evaluation."
+            )
 
     def is_scores(self, num_classes: int) -> bool:
         """Whether what the network returns is as wide as scores would be."""

@@ -109,31 +109,44 @@ def fitted_weights(path: Path, state: State, wanted: State, head: str | None) ->
     Raises:
         UserError: Naming the first tensor that is missing, of another shape, or too many.
     """
-    if head and all(name.startswith(("network.", "head.")) for name in state):  # of a student of this package
+    is_students = all(name.startswith(("network.", "head.")) for name in state) and not state.keys() <= wanted.keys()
+    if head and is_students:  # of a student of this package
         state = {f"{head}.{name[5:]}" if name.startswith("head.") else name[8:]: each for name, each in state.items()}
     found = without_prefixes(state, wanted)
     of_head = (f"{head}.",) if head else ()
-    needed = {name for name in wanted if not name.startswith(of_head) and not name.endswith(_UNTRAINED)}
+    has_head = any(name.startswith(of_head) for name in found) if head else False
+    needed = {name for name in wanted if not name.endswith(_UNTRAINED)}
+    if not has_head:
+        needed = {name for name in needed if not name.startswith(of_head)} if head else needed
     missing = sorted(needed - found.keys())
     if missing:
         raise UserError(
             f"{path} must hold the weights of this network, but lacks {missing[0]!r} and {len(missing) - 1} more of "
             f"{len(needed)}; it has {', '.join(sorted(state)[:3])}, ..."
         )
-    odd = sorted(name for name in found.keys() - wanted.keys() if not name.startswith((*of_head, *_AUXILIARY)))
+    odd = sorted(name for name in found.keys() - wanted.keys() if not name.startswith(_AUXILIARY))
     if odd:
         raise UserError(f"{path} must hold the weights of this network alone, but has {odd[0]!r} too.")
-    for name in sorted(needed):
-        if found[name].shape != wanted[name].shape:
-            raise UserError(
-                f"{path} must hold weights of this network, but {name!r} is {list(found[name].shape)}, not "
-                f"{list(wanted[name].shape)}."
-            )
     kept = {name: found[name] for name in sorted(wanted.keys() & found.keys())}
-    broken = next((name for name, each in kept.items() if each.is_floating_point() and not each.isfinite().all()), None)
-    if broken is not None:
-        raise UserError(f"{path} must hold finite numbers, but {broken!r} does not.")
+    num_scores = len(kept[f"{head}.weight"]) if has_head and kept[f"{head}.weight"].dim() else None
+    for name, each in kept.items():
+        shape = list(wanted[name].shape)
+        if name.startswith(of_head) and of_head and num_scores is not None:
+            shape[0] = num_scores  # the network was built for another number of classes
+        _check_tensor(path, name, each, shape, wanted[name].dtype)
     return kept
+
+
+def _check_tensor(path: Path, name: str, tensor: Tensor, shape: list[int], dtype: torch.dtype) -> None:
+    """Refuse what a network's tensor cannot take as it is: another shape or kind of number, or one that is none."""
+    if list(tensor.shape) != shape:
+        raise UserError(f"{path} must hold weights of this network, but {name!r} is {list(tensor.shape)}, not {shape}.")
+    if tensor.is_floating_point() != dtype.is_floating_point or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise UserError(f"{path} must hold numbers as the network has them, but {name!r} is of {tensor.dtype}.")
+    if dtype.is_floating_point and not tensor.to(dtype).isfinite().all():
+        raise UserError(f"{path} must hold finite numbers, but {name!r} does not.")
+    if name.endswith("running_var") and (tensor < 0).any():
+        raise UserError(f"{path} must hold variances of at least 0, but {name!r} does not.")
 
 
 def digest_of_weights(state: State) -> str:

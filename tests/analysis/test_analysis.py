@@ -167,6 +167,27 @@ def test_pairs_are_by_seed_and_a_later_refit_replaces_an_earlier_one(runs):
     assert cells["difference_mean"].tolist()[4] == pytest.approx(0.11)
 
 
+def test_refits_of_an_earlier_winner_are_in_no_mean(runs):
+    """A search that went on found another winner, which was refitted with fewer seeds; as summary.json says it."""
+    of_cell = (runs["overlap"] == 0.0) & (runs["method"] == "refilled")
+    earlier = runs[of_cell & (runs["kind"] == "refit")].assign(**{"params.embedding.temperature": "0.5"})
+    both = pd.concat([runs[~(of_cell & (runs["kind"] == "refit") & (runs["seed"] > 0))], earlier], ignore_index=True)
+    low = summarise(both).query("overlap == 0.0 and method == 'refilled'").iloc[0]
+    assert low["test_accuracy"] == [0.70]
+    assert low["seeds"] == [0]
+    assert low["num_pairs"] == 1
+    older = both.assign(**{"params.new_setting": [None] * len(both)})
+    older.loc[older["winner"], "params.new_setting"] = "1"  # of refits by a version that had no such setting
+    assert summarise(older)["test_accuracy"].tolist() == summarise(both)["test_accuracy"].tolist()
+
+
+def test_refits_of_the_short_vanilla_student_are_those_of_its_winner(runs):
+    short = runs["role"] == "baseline_short"
+    other = runs[short].assign(**{"params.embedding.temperature": "0.5", "test_accuracy": 0.1, "run_id": "other"})
+    cells = summarise(pd.concat([runs, other], ignore_index=True))
+    assert cells[cells["method"] == SHORT_VANILLA]["test_accuracy"].tolist() == [[0.5]]
+
+
 def test_cells_without_a_finished_refit_stay_visible(runs):
     missing = runs[~((runs["overlap"] == 0.4) & (runs["kind"] == "refit"))]
     cells = summarise(missing)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from image_files import CLASSES, make_items, write_folder, write_zip
 
-from refilled.data.label_space import order_classes
+from refilled.data.label_space import listed_classes, order_classes
 from refilled.data.sources import load_test, load_train
 from refilled.errors import UserError
 from refilled.storage import Storage
@@ -125,3 +125,4 @@ def test_lists_of_classes_with_marks_and_in_either_form(
     lines = [CLASSES[2], unicodedata.normalize(listed, name), CLASSES[1]]
     order.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
     assert order_classes(str(order), classes) == (CLASSES[2], unicodedata.normalize("NFC", name), CLASSES[1])
+    assert listed_classes("\n".join(lines), "teacher_classes", "teacher.txt", None)[1] == classes[0]
