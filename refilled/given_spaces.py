@@ -13,7 +13,7 @@ from refilled.errors import UserError
 from refilled.presets import PRESETS
 from refilled.stages import with_own_code
 from refilled.storage import Storage
-from refilled.tasks.classification import left_out, load_task, spaces_of
+from refilled.tasks.classification import all_classes, left_out, load_task, spaces_of
 
 
 def measured(search: SearchConfig, storage: Storage) -> SearchConfig:
@@ -45,9 +45,15 @@ def remarks(run: RunConfig, storage: Storage) -> list[str]:
     if empty := left_out(run, storage):
         some = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
         lines.append(f"Left out, since the data has no training image of them: {some} ({len(empty)} classes).")
-    if not run.is_explicit:
-        return lines
     spaces = task.spaces
+    if not run.is_explicit:
+        if run.num_student_classes is None:
+            num_classes = len(all_classes(run, storage))
+            lines.append(
+                f"Of the data's {num_classes} classes the teacher has {len(spaces.teacher)} and the student "
+                f"{len(spaces.student)}; --num-teacher-classes, --num-student-classes or lists of them change that."
+            )
+        return lines
     if run.teacher_weights is not None:
         lines.append(describe_teacher(run, task))
     if spaces.teacher:

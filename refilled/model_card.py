@@ -8,7 +8,7 @@ from typing import Any
 
 from refilled.config import RunConfig
 from refilled.identity import determining
-from refilled.methods import NO_TEACHER, composition
+from refilled.methods import NO_TEACHER, composition, is_of_package, is_users
 from refilled.statistics import mean_and_ci95
 from refilled.student import Student
 
@@ -106,6 +106,13 @@ def model_card(student: Student, origin: Origin, record: Mapping[str, Any], test
 def _use(student: Student, run: RunConfig) -> list[str]:
     channels, height, _ = student.image_shape
     normalization = student.normalization
+    imports, more = ["from refilled.models import build_model"], ""
+    for name in ("embedding", "features"):
+        if (value := getattr(run, f"student_{name}")) is not None:
+            more += f", {name}={value!r}"
+    if is_users(run.student) or is_of_package(run.student):
+        imports.append("from refilled.user_code import read_source  # finds your file by the path in the name")
+        more += f', sources=read_source({run.student!r}, "student")'
     return [
         "With the package, which decodes and scales images as in training:",
         "",
@@ -119,11 +126,11 @@ def _use(student: Student, run: RunConfig) -> list[str]:
         "The weights alone, for the network as the package builds it:",
         "",
         "```python",
-        "from refilled.models import build_model",
+        *imports,
         "from safetensors.torch import load_file",
         "",
         f'model = build_model("{run.student}", num_classes={len(student.classes)}, in_channels={channels}, '
-        f"image_size={height}, seed=0)",
+        f"image_size={height}, seed=0{more})",
         'model.load_state_dict(load_file("student.safetensors"))',
         "```",
         "",

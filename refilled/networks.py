@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,55 +54,60 @@ class NetworkSize:
 
 def size_of(config: RunConfig, role: Role, task: Task) -> NetworkSize:
     """The size of a run's teacher or student for the images that it sees."""
-    return _size(
-        getattr(config, role),
-        image_shape(role, task),
-        getattr(config, f"{role}_embedding"),
-        getattr(config, f"{role}_features"),
-        config.sources,
-    )
+    return _size(*_architecture(config, role, task))
+
+
+def require_kept_whole(config: RunConfig, role: Role, task: Task) -> None:
+    """Refuse a network that its `state_dict` does not make what it is: kept and loaded, it would be another.
+
+    The package's families are proven to be kept whole, by their contract, and are not tried again.
+
+    Raises:
+        UserError: With the same weights it says other things of the same images, made again or even as it is.
+    """
+    if ":" in getattr(config, role):
+        _require_kept_whole(*_architecture(config, role, task))
+
+
+def _architecture(config: RunConfig, role: Role, task: Task) -> _Architecture:
+    of_role = (getattr(config, f"{role}_{name}") for name in ("embedding", "features"))
+    return getattr(config, role), image_shape(role, task), *of_role, config.sources
+
+
+_Architecture = tuple[str, tuple[int, int, int], str | None, tuple[str, ...] | None, Sources]
+"""Name, shape of images, embedding, features and sources: what `build_model` makes a network of."""
+
+
+def _build(architecture: _Architecture, seed: int) -> Model:
+    """With two classes, in evaluation."""
+    name, (channels, size, _), embedding, features, sources = architecture
+    return build_model(
+        name,
+        num_classes=2,
+        in_channels=channels,
+        image_size=size,
+        seed=seed,
+        embedding=embedding,
+        features=features,
+        sources=sources,
+    ).eval()
 
 
 @functools.lru_cache(maxsize=64)
-def _size(
-    name: str, shape: tuple[int, int, int], embedding: str | None, features: tuple[str, ...] | None, sources: Sources
-) -> NetworkSize:
-    def build(seed: int) -> Model:
-        channels, size, _ = shape
-        return build_model(
-            name,
-            num_classes=2,
-            in_channels=channels,
-            image_size=size,
-            seed=seed,
-            embedding=embedding,
-            features=features,
-            sources=sources,
-        ).eval()
-
-    model = build(0)
-    if ":" in name:
-        _require_state_is_all(name, model, build(1), shape)
+def _size(*architecture: Any) -> NetworkSize:
+    model, shape = _build(architecture, 0), architecture[1]
     num_parameters = sum(each.numel() for each in model.parameters())
     return NetworkSize(num_parameters, multiply_adds(lambda: model(torch.zeros(1, *shape))), model.embedding_dim)
 
 
+@functools.lru_cache(maxsize=64)
 @torch.no_grad()
-def _require_state_is_all(name: str, model: Model, other: Model, shape: tuple[int, int, int]) -> None:
-    """Refuse a network that its `state_dict` does not make what it is: kept and loaded, it would be another.
-
-    Args:
-        name: Its name.
-        model: In evaluation.
-        other: The same architecture with other initial weights; it gets those of `model`.
-        shape: Of images.
-
-    Raises:
-        UserError: With the same weights the two, or one of them twice, say different things of the same images.
-    """
+def _require_kept_whole(*architecture: Any) -> None:
+    name, shape = architecture[:2]
+    model, other = _build(architecture, 0), _build(architecture, 1)
+    other.load_state_dict(model.state_dict())
     images = torch.linspace(-1, 1, 2 * math.prod(shape)).reshape(2, *shape)
     said = model(images)
-    other.load_state_dict(model.state_dict())
     for again, why in (
         (model(images), "say the same of the same images in evaluation, but does not"),
         (other(images), "keep in its state_dict all that it draws, but says other things with the same weights"),

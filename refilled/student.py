@@ -86,6 +86,8 @@ class Student:
         Raises:
             UserError: The file or the device cannot be used.
         """
+        if precision not in (None, *get_args(Precision)):
+            raise UserError(f"precision must be {', '.join(get_args(Precision))} or none, got {precision!r}.")
         model, state = load_model(path), load_tensors(path)
         channels, height, width = state["image_shape"]
         try:

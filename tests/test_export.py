@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,26 @@ def test_a_program_is_as_precise_as_the_run_and_onnx_is_float32(precision: str, 
     assert record["torch"]["max_logit_difference"] == 0
     assert record["torch"]["test_accuracy"] == folder.test_accuracy()
     assert record["onnx"]["max_logit_difference"] < TOLERANCE
+
+
+def test_the_cards_code_for_the_weights_alone_runs_for_a_users_own_network(
+    tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from torch import nn\n\n"
+        "def tiny(num_classes, in_channels):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, 9), nn.ReLU(), nn.Linear(9, num_classes))\n"
+    )
+    run, folder = refitted(f"{file}:tiny", storage)
+    write_student_files(folder, origin(run, folder), load_task(run, storage).spaces.student, (), num_threads=1)
+    card = (folder.path / "README.md").read_text()
+    code = card.partition("weights alone")[2].partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(folder.path)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    kept = Student.open(folder.model_path).model.state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in found["model"].state_dict().items())
 
 
 def test_weights_and_card_say_what_the_student_is(storage: Storage) -> None:

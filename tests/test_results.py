@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import refilled
 from refilled.errors import UserError
 from refilled.presets import smoke
 from refilled.results import SearchResults
@@ -57,3 +58,8 @@ def test_it_is_a_table_too(tmp_path: Path) -> None:
     assert frame["folder"].iloc[0].endswith("runs/student-0")
     assert "refilled" in repr(results)
     assert [each.overlap for each in results[1:]] == [0.4, 1.0]
+
+
+def test_a_setting_of_the_runs_is_told_where_it_belongs() -> None:
+    with pytest.raises(UserError, match=r"^epochs is a setting of the runs; .* settings=\{'epochs': \[1, 1\]\}"):
+        refilled.search("smoke", epochs=[1, 1])

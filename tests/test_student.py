@@ -178,6 +178,42 @@ def test_colour_becomes_grey_as_pillow_makes_it(digits: Refit) -> None:
     assert torch.equal(student.logits(image), student.logits(np.asarray(image.convert("L"))))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+def test_a_picture_of_another_size_is_the_same_from_pillow_and_from_its_file(
+    digits: Refit, tmp_path: Path, mode: str
+) -> None:
+    """Colour is resized before it becomes grey, as where files are decoded."""
+    student = Student.open(digits.folder.model_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels).convert(mode)
+    picture.save(tmp_path / "picture.png")
+    assert torch.equal(student.logits(picture), student.logits(tmp_path / "picture.png"))
+
+
+def test_arrays_as_numpy_slices_them(digits: Refit) -> None:
+    student = Student.open(digits.folder.model_path)
+    images = digits.test.images[:5].numpy()
+    expected = student.logits(images)
+    assert torch.equal(student.logits(images[::-1]), expected.flip(0))
+    mirrored = images[:, :, :, ::-1]
+    assert torch.equal(student.logits(mirrored), student.logits(np.ascontiguousarray(mirrored)))
+    kept = images.copy()
+    kept.setflags(write=False)
+    assert torch.equal(student.logits(kept), expected)
+
+
+def test_arrays_without_pixels_are_refused(digits: Refit) -> None:
+    student = Student.open(digits.folder.model_path)
+    for shape in ((0, 0), (1, 0, 8), (2, 1, 0, 8)):
+        with pytest.raises(UserError, match="must have pixels, got"):
+            student.predict(np.zeros(shape, dtype=np.uint8))
+
+
+def test_a_precision_that_there_is_not(digits: Refit) -> None:
+    with pytest.raises(UserError, match=r"precision must be .*float32.* or none, got 'float8'"):
+        refilled.load(digits.folder.path, precision="float8")  # type: ignore[arg-type]
+
+
 def test_what_is_no_image_is_one_sentence(digits: Refit, photos: tuple[Refit, Path], tmp_path: Path) -> None:
     student = refilled.load(photos[0].folder.path)
     broken = tmp_path / "broken.png"

@@ -20,7 +20,7 @@ from refilled.identity import run_key
 from refilled.methods import NO_TEACHER, has_embedding_stage, name_of
 from refilled.models import validate_model_name
 from refilled.models.exact import require_exact
-from refilled.networks import build_network, image_shape, size_of
+from refilled.networks import build_network, image_shape, require_kept_whole, size_of
 from refilled.rehearsal import rehearse
 from refilled.stages import (
     check_classes,
@@ -184,6 +184,9 @@ def _cell(template: RunConfig, method: str, place: Place, storage: Storage) -> C
         run = with_stored_weights(run, task, storage)
         of_teacher = task.spaces.teacher_digest or None
         run = dataclasses.replace(run, data_digest=task.data_digest, teacher_data_digest=of_teacher)
+        require_kept_whole(run, "student", task)
+        if needs_teacher(run):
+            require_kept_whole(run, "teacher", task)
         return Cell(
             overlap=place.overlap,
             teacher=place.teacher if needs_teacher(run) else NO_TEACHER,

@@ -107,7 +107,9 @@ def _require_one_test_set(
         earlier = before[key]
         num_again += earlier is not None and earlier["test_digest"] != test["test_digest"]
     if num_again:
-        progress.note(f"The test images have changed since {num_again} refits were tested, which were tested again.")
+        progress.note(
+            f"The test images have changed since {num_again} of the refits were tested; those were tested again."
+        )
     if any(len(digests) > 1 for digests in seen.values()):
         raise DataChangedError(
             "The test images changed while refits were tested on them; start the same command again, which tests "

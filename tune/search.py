@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
-from refilled.config import SearchConfig
+from refilled.config import RunConfig, SearchConfig
 from refilled.errors import UserError
 from refilled.methods import VANILLA, has_embedding_stage
 from refilled.presets import preset
@@ -65,6 +65,9 @@ def search(
     """
     if isinstance(config, str):
         config = start(config, tuple(fields.pop("methods", ())))
+    own = sorted(name for name in fields if name in RunConfig.field_types() and name not in SearchConfig.field_types())
+    if own:
+        raise UserError(f"{own[0]} is a setting of the runs; give it as settings={{{own[0]!r}: {fields[own[0]]!r}}}.")
     runs = {f"run.{name}": value for name, value in (settings or {}).items()}
     config = config.with_overrides({**fields, **runs})
     with ray_environment():

@@ -1,4 +1,4 @@
-"""Source `parquet:PATH`: Hugging Face image data sets, one file or a folder of `train-*` and `test-*` shards."""
+"""Source `parquet:PATH`: Hugging Face image data sets, `train-*` and `test-*` shards in a folder, or one file."""
 
 from __future__ import annotations
 

@@ -57,9 +57,7 @@ def _turn_backslashes(archive: zipfile.ZipFile) -> None:
     if any("/" in member.filename for member in members):
         return
     for member in members:
-        member.filename = member.filename.replace(
-            "\\", "/"
-        )  # the name in front of the content is compared with another
+        member.filename = member.filename.replace("\\", "/")  # its `orig_filename` stays, which content is checked by
         archive.NameToInfo[member.filename] = member
 
 

@@ -101,6 +101,11 @@ class Adapted(Model):
         with caught(self.network, wanted) as outputs:
             returned = self.network(images)
         said = outputs[self.embedding_name] if self.embedding_name else returned
+        if not isinstance(said, Tensor):  # some return more in training
+            raise UserError(
+                f"A network must return one tensor in training as in evaluation, got {type(said).__name__}; auxiliary "
+                "outputs can be switched off."
+            )
         said = as_vectors(said, self._embedding_is_channels_last)
         embedding = said.to(torch.promote_types(said.dtype, torch.float32))
         with torch.autocast(embedding.device.type, enabled=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         content = _read(path)
     except Exception as error:  # either library raises whatever its parser trips over
-        said = " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
         raise UserError(
             f"{path} must be a weights file, safetensors or what torch.save(model.state_dict(), path) writes, but "
-            f"cannot be read ({said})."
+            f"cannot be read ({_reason(error)})."
         ) from error
     state = _state_of(content)
     if not state:
         raise UserError(f"{path} must hold named tensors, as torch.save(model.state_dict(), path) writes them.")
     return state
+
+
+def _reason(error: Exception) -> str:
+    """What was wrong, in words; torch's own are paragraphs with advice that is none here."""
+    if "GLOBAL" in str(error):
+        return "it holds other objects than tensors, such as a whole model, which only its own code can load"
+    if isinstance(error, (pickle.UnpicklingError, KeyError, EOFError)):
+        return "it is damaged, or no such file"
+    return " ".join(str(error).split()).partition(". ")[0].rstrip(".") or type(error).__name__
 
 
 def _read(path: Path) -> Any:
@@ -113,11 +122,9 @@ def fitted_weights(path: Path, state: State, wanted: State, head: str | None) ->
     if head and is_students:  # of a student of this package
         state = {f"{head}.{name[5:]}" if name.startswith("head.") else name[8:]: each for name, each in state.items()}
     found = without_prefixes(state, wanted)
-    of_head = (f"{head}.",) if head else ()
-    has_head = any(name.startswith(of_head) for name in found) if head else False
-    needed = {name for name in wanted if not name.endswith(_UNTRAINED)}
-    if not has_head:
-        needed = {name for name in needed if not name.startswith(of_head)} if head else needed
+    of_head = {name for name in wanted if head and name.startswith(f"{head}.")}
+    has_head = any(name.startswith(f"{head}.") for name in found)
+    needed = {name for name in wanted if not name.endswith(_UNTRAINED)} - (set() if has_head else of_head)
     missing = sorted(needed - found.keys())
     if missing:
         raise UserError(
@@ -128,11 +135,9 @@ def fitted_weights(path: Path, state: State, wanted: State, head: str | None) ->
     if odd:
         raise UserError(f"{path} must hold the weights of this network alone, but has {odd[0]!r} too.")
     kept = {name: found[name] for name in sorted(wanted.keys() & found.keys())}
-    num_scores = len(kept[f"{head}.weight"]) if has_head and kept[f"{head}.weight"].dim() else None
+    num_scores = kept[f"{head}.weight"].shape[:1] if has_head else ()  # of any number of classes
     for name, each in kept.items():
-        shape = list(wanted[name].shape)
-        if name.startswith(of_head) and of_head and num_scores is not None:
-            shape[0] = num_scores  # the network was built for another number of classes
+        shape = [*num_scores, *wanted[name].shape[1:]] if name in of_head else [*wanted[name].shape]
         _check_tensor(path, name, each, shape, wanted[name].dtype)
     return kept
 

@@ -136,7 +136,7 @@ def spaces_of(config: RunConfig, storage: Storage) -> LabelSpaces:
     Classes that the data declares and has no training image of are left out.
     """
     image_set, _ = _images_of(config, storage)
-    ordered = _filled(config.class_order, image_set)
+    ordered = all_classes(config, storage)
     if not config.is_explicit:
         return label_spaces(
             ordered,
@@ -170,6 +170,11 @@ def _filled(order: str, image_set: ImageSet) -> tuple[str, ...]:
     """The classes with training images in their order."""
     empty = empty_classes(image_set)
     return tuple(name for name in order_classes(order, image_set.class_names) if name not in empty)
+
+
+def all_classes(config: RunConfig, storage: Storage) -> tuple[str, ...]:
+    """The classes of a run's data with training images, in the order over which the windows slide."""
+    return _filled(config.class_order, _images_of(config, storage)[0])
 
 
 def left_out(config: RunConfig, storage: Storage) -> tuple[str, ...]:

@@ -34,7 +34,14 @@ def test_they_are_left_out_with_a_line(run: RunConfig, storage: Storage) -> None
     assert (spaces.teacher, spaces.student) == (("nil", "one"), ("one", "two"))
     said = "Left out, since the data has no training image of them: three, four, five (3 classes)."
     assert remarks(run, storage) == [said]
-    assert remarks(smoke().run, storage) == []
+    assert remarks(dataclasses.replace(smoke().run, num_teacher_classes=5, num_student_classes=5), storage) == []
+
+
+def test_that_a_student_has_half_of_the_classes_unless_told_is_said(storage: Storage) -> None:
+    assert remarks(smoke().run, storage) == [
+        "Of the data's 10 classes the teacher has 5 and the student 5; --num-teacher-classes, --num-student-classes or "
+        "lists of them change that."
+    ]
 
 
 def test_runs_on_the_rest_are_whole(run: RunConfig, storage: Storage, compute: Compute) -> None:

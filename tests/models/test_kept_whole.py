@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 
 from refilled.errors import UserError
 from refilled.models import build_model
-from refilled.models.weights import fitted_weights
-from refilled.networks import _size
+from refilled.models.weights import fitted_weights, read_weights
+from refilled.networks import _require_kept_whole
 from refilled.user_code import read_source
 
 FACTORIES = """
@@ -73,6 +74,19 @@ class Reading(Base):
     def change(self, embedding):
         return embedding.to(self.fc.weight.dtype)
 
+class Headless(Base):
+    def forward(self, images):
+        return self.change(self.body(images))
+
+class HeadlessDropping(Headless):
+    def change(self, embedding):
+        return nn.functional.dropout(embedding, 0.5)
+
+class MoreInTraining(Base):
+    def forward(self, images):
+        scores = super().forward(images)
+        return (scores, scores) if self.training else scores
+
 class Pair(Base):
     def forward(self, images):
         return super().forward(images), images
@@ -88,10 +102,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def look_at(file: Path, factory: str, channels: int = 3) -> None:
     name = f"{file}:{factory}"
-    _size(name, (channels, 8, 8), None, None, read_source(name, "student"))
+    _require_kept_whole(name, (channels, 8, 8), None, None, read_source(name, "student"))
 
 
-@pytest.mark.parametrize("factory", ["Plain", "Buffer"])
+@pytest.mark.parametrize("factory", ["Plain", "Buffer", "Headless"])
 def test_what_the_state_makes_whole_is_taken(file: Path, factory: str) -> None:
     look_at(file, factory)
 
@@ -104,6 +118,7 @@ def test_what_the_state_makes_whole_is_taken(file: Path, factory: str) -> None:
         ("Numpy", "must keep in its state_dict all that it draws"),
         ("Counting", "return the same for the same images in evaluation"),
         ("Dropping", "return the same for the same images in evaluation"),
+        ("HeadlessDropping", "must say the same of the same images in evaluation"),
         ("Twice", "must use its last linear layer once, at its end"),
         ("Reading", "must use its last linear layer once, at its end"),
     ],
@@ -111,6 +126,14 @@ def test_what_the_state_makes_whole_is_taken(file: Path, factory: str) -> None:
 def test_what_would_be_another_network_later_is_refused(file: Path, factory: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         look_at(file, factory)
+
+
+def test_a_network_that_returns_more_in_training_is_told(file: Path) -> None:
+    name = f"{file}:MoreInTraining"
+    model = build_model(name, num_classes=2, in_channels=3, image_size=8, seed=0, sources=read_source(name, "student"))
+    model.eval()(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(UserError, match="must return one tensor in training as in evaluation, got tuple"):
+        model.train()(torch.zeros(2, 3, 8, 8))
 
 
 def test_for_grey_images_the_sentence_is_of_what_is_wrong(file: Path) -> None:
@@ -166,6 +189,25 @@ def test_weights_that_a_network_cannot_take_as_they_are(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         fitted_weights(tmp_path / "weights.pt", with_head(**changes), STATE, "fc")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (lambda path: torch.save(torch.nn.Linear(2, 2), path), "it holds other objects than tensors, such as a whole"),
+        (lambda path: path.write_bytes(b"hello"), "it is damaged, or no such file"),
+        (lambda path: path.write_bytes(b""), "it is damaged, or no such file"),
+    ],
+)
+def test_a_file_that_is_no_weights_says_why_in_words(
+    tmp_path: Path, content: Callable[[Path], object], reason: str
+) -> None:
+    path = tmp_path / "weights.pt"
+    content(path)
+    with pytest.raises(UserError) as error:
+        read_weights(path)
+    assert f"cannot be read ({reason}" in str(error.value)
+    assert str(error.value).isprintable()  # no colours of a terminal
 
 
 def test_names_that_a_student_of_this_package_has_too(tmp_path: Path) -> None:
