@@ -20,7 +20,7 @@ class _GlobalBatchNorm(_BatchNorm):
         uses_batch = self.training or self.running_mean is None
         if world_size() == 1 or not uses_batch:
             return super().forward(inputs)
-        self._check_input_dim(inputs)  # type: ignore[no-untyped-call]
+        self._check_input_dim(inputs)  # type: ignore[no-untyped-call]  # torch's, without types
         mean, variance, count = _global_moments(inputs.detach())
         if self.training and self.track_running_stats:
             self._update_running_statistics(mean, variance * (count / (count - 1).clamp(min=1)))

@@ -189,7 +189,7 @@ class TermBench:
         parameters = {f"student.{name}": each for name, each in self.student.named_parameters()}
         parameters |= {f"term.{name}": each for name, each in self.term.named_parameters()}
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's, without types
         distributed.sum_gradients(parameters.values())
         gradients = {name: each.grad.clone() for name, each in parameters.items() if each.grad is not None}
         self._optimizer.step()

@@ -219,7 +219,7 @@ def train(name: str, sources: Sources, shape: tuple[int, int], counts: tuple[int
         maps = sum((each.square().mean() for name, each in rows.items() if name != "logits"), torch.zeros(()))
         loss = F.cross_entropy(rows["logits"], labels) + maps
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's, without types
         distributed.sum_gradients(model.parameters())
         gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
         found = {name: each.detach() for name, each in rows.items()} | {"loss": loss.detach()}

@@ -35,7 +35,7 @@ def step(
     parameters = learner.parameters()
     for parameter in parameters:  # those that the stage does not train, too: else their gradients would add up
         parameter.grad = None
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()  # type: ignore[no-untyped-call]  # torch's, without types
     distributed.sum_gradients(parameters)
     norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
     optimizer.step()

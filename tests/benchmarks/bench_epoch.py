@@ -63,11 +63,11 @@ class Stopwatch:
 def timed_backward(watch: Stopwatch) -> Iterator[None]:
     """Time every `Tensor.backward` of the block."""
     plain = torch.Tensor.backward
-    torch.Tensor.backward = watch.wrap("backward", plain)  # type: ignore[method-assign]
+    torch.Tensor.backward = watch.wrap("backward", plain)  # type: ignore[method-assign]  # put back below
     try:
         yield
     finally:
-        torch.Tensor.backward = plain  # type: ignore[method-assign]
+        torch.Tensor.backward = plain  # type: ignore[method-assign]  # as it was
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def main() -> None:
         stage = stages_of(run)[0]
         begin_stage(learner, stage)
         optimizer = optimizer_of(learner, stage)
-        optimizer.step = watch.wrap("optimiser", optimizer.step)  # type: ignore[method-assign]
+        optimizer.step = watch.wrap("optimiser", optimizer.step)  # type: ignore[method-assign]  # timed
         with timed_backward(watch):
             row = training._epoch(learner, stage, optimizer, epoch, 0, previous=None)
         total_s, inside_s = row.epoch_s, sum(watch.total_s.values())

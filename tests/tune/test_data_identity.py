@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
+from rich.console import Console
 
 from refilled.config import RunConfig
 from refilled.errors import DataChangedError
@@ -25,6 +27,9 @@ from refilled.tasks.classification import load_task
 from refilled.teacher import pretraining_run
 from refilled.training.compute import Compute
 from tune.backend.worker import trial_end, work
+from tune.plan import make_plan
+from tune.progress import Progress
+from tune.refits import _Refit, _require_one_test_set
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("a", "b", "c", "d")
@@ -141,6 +146,21 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
 
 
+def test_test_images_that_change_between_two_refits_end_the_search(run: RunConfig, tmp_path: Path) -> None:
+    plan = make_plan(
+        dataclasses.replace(smoke(), run=run, methods=("student",), overlaps=(1.0,), storage=str(tmp_path))
+    )
+    (cell,) = plan.cells
+    wanted = {key: _Refit(cell, cell.run, "method") for key in ("first", "second")}
+    shown = Progress(Console(file=io.StringIO()))
+    same = {key: {"test_digest": "before", "test_accuracy": 0.5} for key in wanted}
+    _require_one_test_set(wanted, dict.fromkeys(wanted), same, shown)
+    with pytest.raises(DataChangedError, match="start the same command again, which tests those again that saw other"):
+        _require_one_test_set(
+            wanted, dict.fromkeys(wanted), same | {"second": {"test_digest": "after", "test_accuracy": 0.5}}, shown
+        )
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_one_mean_is_over_one_test_set(images: Path, run: RunConfig, tmp_path: Path) -> None:
@@ -164,7 +184,7 @@ def test_one_mean_is_over_one_test_set(images: Path, run: RunConfig, tmp_path: P
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("moment", ["searching", "refitting"])
+@pytest.mark.parametrize("moment", ["pre-training", "searching", "refitting"])
 def test_training_images_that_change_end_the_search_with_a_sentence(
     images: Path, run: RunConfig, tmp_path: Path, moment: str
 ) -> None:
@@ -174,7 +194,13 @@ def test_training_images_that_change_end_the_search_with_a_sentence(
         subprocess.run(command(storage, run), env=environment(), capture_output=True, check=True)
         shutil.rmtree(next((storage / "runs").glob("*/test.json")).parent)
     searching = subprocess.Popen(
-        command(storage, run, trials="1" if moment == "refitting" else "3", seeds="2"),
+        command(
+            storage,
+            run,
+            trials="1" if moment == "refitting" else "3",
+            seeds="2",
+            methods="refilled" if moment == "pre-training" else "student",
+        ),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
