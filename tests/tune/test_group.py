@@ -119,6 +119,13 @@ def epochs(rows: list[Mapping[str, Any]]) -> list[int]:
     return [row["epoch"] for row in rows if END not in row]
 
 
+def test_tune_leaves_no_signal_caught_behind(local_ray: None, tmp_path: Path) -> None:
+    """An interruption of a later phase would pass unnoticed: Tune's handler only says that Tune ends."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGUSR1)}
+    run_group({"one": ""}, tmp_path)
+    assert {each: signal.getsignal(each) for each in before} == before
+
+
 def test_processes_are_kept_through_ends_stops_and_divergence(local_ray: None, tmp_path: Path) -> None:
     import ray
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +108,22 @@ def run_trials(
     )
     # Without Tune's own result files, which the run folders replace, it would list every trial as having none.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    tuner.fit()
+    with _own_signal_handlers():
+        tuner.fit()
+
+
+@contextlib.contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Take back the signals that Tune leaves caught behind: an interruption of a later phase would pass unnoticed."""
+    if threading.current_thread() is not threading.main_thread():  # where Tune catches none
+        yield
+        return
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _trial_folder(trial: Any) -> str:
