@@ -102,11 +102,11 @@ def _main(search: SearchConfig, console: Console) -> _Outcome:
     began_s = time.monotonic()
     plan = make_plan(search)
     _require_lasting_studies(plan)
-    for line in plan.remarks:
-        console.print(line, highlight=False)
-    # What the user named is tried before anything of our own is created.
+    # What the user named is tried before anything of our own is created, and before there is something to read.
     tracking_uri = resolve_tracking_uri(search.tracking_uri, plan.storage)
     named = open_storage(search.study_storage) if search.study_storage else None
+    for line in plan.remarks:
+        console.print(line, highlight=False)
     if search.dry_run:
         return _dry_run(plan, named, began_s, console)
     with only_driver(plan), Tracker(tracking_uri, search.experiment, plan.storage) as tracker:

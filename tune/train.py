@@ -125,9 +125,9 @@ def main(config: TrainConfig) -> int:
         plan = make_plan(config.as_search())
         if config.most_workers > 1:
             require_exact_networks(plan.cells, plan.storage, config.most_workers)
+        uri = resolve_tracking_uri(config.tracking_uri, plan.storage)
         for line in plan.remarks:
             Console().print(line, highlight=False)
-        uri = resolve_tracking_uri(config.tracking_uri, plan.storage)
         with Tracker(uri, config.experiment, plan.storage) as tracker:
             return _train(config, plan, tracker)
 
