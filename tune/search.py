@@ -102,11 +102,9 @@ def _main(search: SearchConfig, console: Console) -> _Outcome:
     began_s = time.monotonic()
     plan = make_plan(search)
     _require_lasting_studies(plan)
-    # What the user named is tried before anything of our own is created, and before there is something to read.
+    # What the user named is tried before anything of our own is created.
     tracking_uri = resolve_tracking_uri(search.tracking_uri, plan.storage)
     named = open_storage(search.study_storage) if search.study_storage else None
-    for line in plan.remarks:
-        console.print(line, highlight=False)
     if search.dry_run:
         return _dry_run(plan, named, began_s, console)
     with only_driver(plan), Tracker(tracking_uri, search.experiment, plan.storage) as tracker:
@@ -130,6 +128,7 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_
     search = plan.search
     deadline_s = None if search.max_hours is None else began_s + 3600 * search.max_hours
     recorder = Recorder(tracker, plan)
+    _print_remarks(plan, console)
     with _cluster(search):
         resources = fit(search)
         recorder.start_search()
@@ -173,6 +172,7 @@ def _dry_run(plan: Plan, study_storage: Any, began_s: float, console: Console) -
     from tune.resume import earlier_trials
     from tune.studies.study_store import open_storage
 
+    _print_remarks(plan, console)
     own = plan.storage.root / "studies.db"
     if study_storage is None and own.exists():
         study_storage = open_storage(_own_storage(plan))
@@ -180,6 +180,12 @@ def _dry_run(plan: Plan, study_storage: Any, began_s: float, console: Console) -
         earlier = {} if study_storage is None else earlier_trials(plan, study_storage)
         console.print(_forecast(plan, fit(plan.search), earlier, began_s, console).table())
     return _Outcome(0)
+
+
+def _print_remarks(plan: Plan, console: Console) -> None:
+    """Once nothing that the user named can be refused any more: a refusal is one sentence alone."""
+    for line in plan.remarks:
+        console.print(line, highlight=False)
 
 
 def _num_done(earlier: Mapping[str, Sequence[FrozenTrial]]) -> dict[str, int]:

@@ -126,9 +126,9 @@ def main(config: TrainConfig) -> int:
         if config.most_workers > 1:
             require_exact_networks(plan.cells, plan.storage, config.most_workers)
         uri = resolve_tracking_uri(config.tracking_uri, plan.storage)
-        for line in plan.remarks:
-            Console().print(line, highlight=False)
         with Tracker(uri, config.experiment, plan.storage) as tracker:
+            for line in plan.remarks:
+                Console().print(line, highlight=False)
             return _train(config, plan, tracker)
 
 

@@ -25,9 +25,6 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the other output prints a panel even at verbosity 0
-    # Tune's own state is read by nobody: studies and run folders have all. Saved beside a run that ends at once, it is
-    # renamed while it is copied, and Ray shows a traceback.
-    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the rows; no CSV and TensorBoard files beside it
 }
 

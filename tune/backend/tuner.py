@@ -108,6 +108,9 @@ def run_trials(
     )
     # Without Tune's own result files, which the run folders replace, it would list every trial as having none.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    # Tune's state is read by nobody: studies and run folders have all. Of a run that ends at once it is renamed while
+    # it is copied, and the failed copy would be a traceback on the user's screen.
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     with _own_signal_handlers():
         tuner.fit()
 
