@@ -1,13 +1,15 @@
-"""What every command line here does alike: user errors are one sentence on stderr and exit code 2."""
+"""What every command line here does alike: user errors and interruptions are one sentence on stderr."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 import cyclopts
 
 from refilled.errors import UserError, storage_full
+from refilled.interruption import Interrupted, end, exit_code_of, interruptible, sentence
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -20,6 +22,7 @@ def new_app(name: str, help_text: str) -> cyclopts.App:
         version_flags=[],
         print_error=False,
         exit_on_error=False,
+        suppress_keyboard_interrupt=False,
         result_action="return_value",
     )
 
@@ -37,10 +40,17 @@ def run_app(app: cyclopts.App, arguments: Sequence[str] | None = None) -> int:
 def exit_code(name: str, action: Callable[[], int]) -> int:
     """What the action returns, or 2 after a user error, whose sentence goes to stderr behind the command's name.
 
-    Anything but a user error is a defect of the program and keeps its traceback.
+    After an interruption it is 128 and the signal's number, with a sentence, too. Anything else is a defect of the
+    program and keeps its traceback.
     """
     try:
-        return action()
+        with interruptible():
+            return action()
+    except KeyboardInterrupt as error:
+        print(f"{name}: {sentence(error, sys.argv[1:])}", file=sys.stderr)
+        if isinstance(error, Interrupted):
+            end(error.number)
+        return exit_code_of(signal.SIGINT)
     except (UserError, cyclopts.CycloptsError) as error:
         told: Exception = error
     except Exception as error:

@@ -76,6 +76,8 @@ class Progress:
     ) -> None:
         if self._console.is_terminal:
             self._live.stop()
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(self._state())
 
     def start_jobs(self, phase: str, count: int) -> None:
         """Begin a phase of `count` jobs."""
@@ -187,6 +189,20 @@ class Progress:
             numbers = (f"{each.ended}/{each.num_trials}", str(each.running), str(each.pruned), str(each.failed), best)
             table.add_row(name, *numbers)
         return table
+
+    def _state(self) -> str:
+        """For an interruption: what it came into, and what it leaves undone."""
+        if self._jobs is not None:
+            done, count = self._jobs
+            return f"while {self._phase}, {done} of {count} done; summary.json is as it was before"
+        if not self._cells:
+            return f"while {self._phase}, before anything was trained"
+        cells = self._cells.values()
+        ended, running = sum(each.ended for each in cells), sum(each.running for each in cells)
+        return (
+            f"while {self._phase}, {ended} of {sum(each.num_trials for each in cells)} trials done and {running} "
+            f"begun; no winner was refitted or tested, summary.json is as it was before"
+        )
 
     def _headline(self) -> str:
         left_s = self.time_left_s()

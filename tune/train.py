@@ -200,10 +200,12 @@ class _Follower:
     def __enter__(self) -> None:
         self._thread.start()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._is_over.set()
         self._thread.join()
         self._print()
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(f"while training, after epoch {self._num_printed}; finished epochs are kept")
 
     def _follow(self) -> None:
         while not self._is_over.wait(POLL_S):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from refilled.config import SearchConfig
 from refilled.errors import UserError
+from refilled.interruption import has_come, own_handlers
 from tune.backend.nodes import Nodes, may_grow_to, nodes_now
 from tune.backend.ray_private import require_answer
 
@@ -25,6 +26,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the other output prints a panel even at verbosity 0
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would end trials as if they had come to their end
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the rows; no CSV and TensorBoard files beside it
 }
 
@@ -106,7 +108,10 @@ def ray_cluster(*, with_dashboard: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        # Threads of an interrupted command may be in calls of Ray, which abort the process when it is shut down. Such a
+        # command ends at once, and with it the local Ray or its job on a cluster.
+        if not has_come():
+            ray.shutdown()
 
 
 def connect(*, with_dashboard: bool) -> None:
@@ -120,7 +125,8 @@ def connect(*, with_dashboard: bool) -> None:
     try:
         if address and address != "auto" and "://" not in address:
             require_answer(address, CONNECT_S)
-        ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **local)
+        with own_handlers():  # Ray's own for SIGTERM prints half a page of its stack
+            ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=False, **local)
     except AuthenticationError as error:
         raise UserError(
             f"RAY_AUTH_TOKEN_PATH must name a readable file with the Ray cluster's token ({error.message})."

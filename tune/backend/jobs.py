@@ -48,11 +48,14 @@ def run_jobs(jobs: Sequence[JobSpec], storage: Storage, resources: Resources) ->
         else:
             done.put(JobResult(job, None))
 
-    with ThreadPoolExecutor(max_workers=max(1, min(resources.slots, len(jobs)))) as pool:
+    pool = ThreadPoolExecutor(max_workers=max(1, min(resources.slots, len(jobs))))
+    try:
         for job in jobs:
             pool.submit(do, job)
         for _ in jobs:
             yield done.get()
+    finally:  # an interruption waits for no job: those that run end with Ray
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def raise_if_of_all(error: Exception) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from refilled.errors import UserError
 
@@ -79,3 +80,10 @@ def has_dashboard() -> bool:
     from ray._private.worker import get_dashboard_url
 
     return bool(get_dashboard_url())
+
+
+def leave_interruptions(trainer: Any) -> Any:
+    """The trainer, which catches no Ctrl-C while it fits: what interrupts a command is the command's to say."""
+    assert hasattr(trainer, "_register_sigint_handler"), "Ray Train has another way to catch Ctrl-C now"
+    trainer._register_sigint_handler = lambda controller: None
+    return trainer

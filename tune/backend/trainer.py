@@ -8,6 +8,7 @@ from typing import Any
 from refilled.storage import Storage
 from tune.backend.cluster import Resources
 from tune.backend.network import torch_config
+from tune.backend.ray_private import leave_interruptions
 from tune.backend.worker import Job, train_fn_per_worker
 
 RESIZE_CHECK_S = 10.0  # between looks at whether an elastic group may grow
@@ -82,7 +83,7 @@ def _trainer(
     import ray.train.torch
 
     least = resources.num_workers
-    return ray.train.torch.TorchTrainer(
+    trainer = ray.train.torch.TorchTrainer(
         train_fn_per_worker,
         train_loop_config={
             **given,
@@ -106,6 +107,7 @@ def _trainer(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
+    return leave_interruptions(trainer)
 
 
 def _may_pass(loss: Exception, *, is_elastic: bool) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from refilled.interruption import own_handlers
 from refilled.storage import Storage
 from tune.backend.cluster import Resources
 from tune.backend.ray_private import has_dashboard
@@ -85,6 +84,8 @@ def run_trials(
     """
     import ray.tune
 
+    from tune.backend.kept_signal import KeepsSignal
+
     # With a TorchTrainer inside, a reused process would hang the search at the first early stop, and without the
     # dashboard, which is asked whether a stopped trial's driver lives, its workers would hold their CPUs for ever.
     assert not (function.has_trainer and (function.reuse_actors or not has_dashboard()))
@@ -103,7 +104,7 @@ def run_trials(
             storage_path=f"{storage.location}/ray",
             failure_config=ray.tune.FailureConfig(max_failures=MAX_FAILURES),
             verbose=0,
-            callbacks=list(callbacks),
+            callbacks=[KeepsSignal(signal.SIGUSR1), *callbacks],
         ),
     )
     # Without Tune's own result files, which the run folders replace, it would list every trial as having none.
@@ -111,22 +112,8 @@ def run_trials(
     # Tune's state is read by nobody: studies and run folders have all. Of a run that ends at once it is renamed while
     # it is copied, and the failed copy would be a traceback on the user's screen.
     logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
-    with _own_signal_handlers():
+    with own_handlers():
         tuner.fit()
-
-
-@contextlib.contextmanager
-def _own_signal_handlers() -> Iterator[None]:
-    """Take back the signals that Tune leaves caught behind: an interruption of a later phase would pass unnoticed."""
-    if threading.current_thread() is not threading.main_thread():  # where Tune catches none
-        yield
-        return
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def _trial_folder(trial: Any) -> str:

@@ -36,6 +36,7 @@ __all__ = ["Status", "Tracker", "resolve_tracking_uri"]
 
 _RUN_IDS_S = 10.0
 _DRAIN_S = 30.0
+_INTERRUPTED_DRAIN_S = 5.0  # whoever ends a job waits 10 to 30 s before they kill it
 _LONGEST_NAME = 500
 
 _logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Tracker:
     ) -> None:
         if self._is_search_open and isinstance(error, Exception):
             self.finish_search(status="FAILED")
-        self.close()
+        self.close(_DRAIN_S if error is None or isinstance(error, Exception) else _INTERRUPTED_DRAIN_S)
 
     def start_search(self, key: str, *, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> str | None:
         """Create the parent run, or go on with the one of that key, and with what MLflow lacks of it.
