@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from refilled.secrets import without_passwords
 
 # Ctrl-C; the end of a container or a time limit; a closed terminal; Slurm's `--signal=USR1`.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -22,6 +23,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _SAME_S = 0.7
 
 _come: list[tuple[int, float]] = []  # the signal that interrupted the command, and when
+_last: list[Callable[[], None]] = []
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,6 +51,7 @@ def interruptible() -> Iterator[None]:
         yield
         return
     _come.clear()
+    _last.clear()
 
     def handle(number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()
@@ -56,7 +59,7 @@ def interruptible() -> Iterator[None]:
             _come.append((number, now_s))
             raise Interrupted(number)
         if now_s > _come[0][1] + _SAME_S:
-            os._exit(exit_code_of(number))
+            end(number)
 
     caught = [each for each in _SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
     before = {each: signal.signal(each, handle) for each in caught}
@@ -87,15 +90,33 @@ def own_handlers() -> Iterator[None]:
         _restore({each: handler for each, handler in before.items() if callable(handler) or each != signal.SIGTERM})
 
 
+@contextlib.contextmanager
+def during(text: str) -> Iterator[None]:
+    """Give an interruption in the block a note of what it came into."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.add_note(text)
+        raise
+
+
 def has_come() -> bool:
     """Whether the command that runs is interrupted, and ends now."""
     return bool(_come)
 
 
+def at_end(action: Callable[[], None]) -> None:
+    """Have something done by `end`, right before the process is gone."""
+    _last.append(action)
+
+
 def end(number: int) -> NoReturn:
     """End the process: threads that wait for Ray would hold up an exit of Python's until their jobs are done."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # closed, broken, or being written by what was cut off
+        sys.stdout.flush()
+        sys.stderr.flush()
+    for action in _last:
+        action()
     os._exit(exit_code_of(number))
 
 
@@ -107,8 +128,8 @@ def exit_code_of(number: int) -> int:
 def sentence(interrupted: KeyboardInterrupt, arguments: list[str]) -> str:
     """What a command says that was interrupted: by what, how far it was, how to go on."""
     by = str(interrupted) or signal.SIGINT.name
-    done = "; ".join(getattr(interrupted, "__notes__", [])) or "while starting, before anything was trained"
-    return f"interrupted by {by} {done}. The same command goes on from here: {_command(arguments)}"
+    done = "; ".join([by, *getattr(interrupted, "__notes__", ["what was done before is kept"])])
+    return f"interrupted by {done}. The same command goes on from here: {_command(arguments)}"
 
 
 def _command(arguments: list[str]) -> str:
@@ -118,10 +139,9 @@ def _command(arguments: list[str]) -> str:
         start = ["python", "-m", program.parent.name] if is_module else ["python", os.path.relpath(program)]
     else:
         start = [program.name]
-    shown = [re.sub(r"(://[^\s:/@]*:)\S+@", r"\1***@", each) for each in arguments]  # no password of a URL
-    return shlex.join([*start, *shown])
+    return shlex.join([*start, *map(without_passwords, arguments)])
 
 
-def _restore(handlers: Mapping[signal.Signals, object]) -> None:
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
-        signal.signal(number, handler)  # type: ignore[arg-type]  # what `signal.signal` returned
+        signal.signal(number, handler)

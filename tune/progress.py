@@ -194,14 +194,14 @@ class Progress:
         """For an interruption: what it came into, and what it leaves undone."""
         if self._jobs is not None:
             done, count = self._jobs
-            return f"while {self._phase}, {done} of {count} done; summary.json is as it was before"
+            return f"{self._phase}: {done} of {count} done; summary.json is as it was before"
         if not self._cells:
-            return f"while {self._phase}, before anything was trained"
+            return f"{self._phase}: nothing was trained yet"
         cells = self._cells.values()
         ended, running = sum(each.ended for each in cells), sum(each.running for each in cells)
         return (
-            f"while {self._phase}, {ended} of {sum(each.num_trials for each in cells)} trials done and {running} "
-            f"begun; no winner was refitted or tested, summary.json is as it was before"
+            f"{self._phase}: {ended} of {sum(each.num_trials for each in cells)} trials done, {running} begun; no "
+            f"winner was refitted or tested, summary.json is as it was before"
         )
 
     def _headline(self) -> str:

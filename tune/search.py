@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,11 @@ from rich.console import Console
 
 from refilled.config import RunConfig, SearchConfig
 from refilled.errors import UserError
+from refilled.interruption import during
 from refilled.methods import VANILLA, has_embedding_stage
 from refilled.presets import preset
 from refilled.results import SearchResults
+from refilled.secrets import without_passwords
 from refilled.storage import Storage
 from tune.backend.cluster import Resources, fit, ray_cluster, ray_environment
 from tune.cli import run_command, term_configs
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from tune.forecast.report import Forecast, PhaseName
     from tune.plan import Plan
     from tune.progress import Progress
+    from tune.summary import MethodResult
+    from tune.trials import TrialsResult
 
 HELP = "Search every method's settings in every cell of overlap x teacher x student, refit the winners, test them once."
 
@@ -112,29 +117,28 @@ def _main(search: SearchConfig, console: Console) -> _Outcome:
         with only_driver_of_database(plan, study_storage):
             if not may_continue(plan, study_storage):
                 return _Outcome(1)
-            return _run(plan, study_storage, tracker, tracking_uri, began_s, console)
+            return _run(plan, study_storage, tracker, began_s, console)
 
 
-def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_s: float, console: Console) -> _Outcome:
-    from tune.forecast.report import Comparison
+def _run(plan: Plan, study_storage: Any, tracker: Any, began_s: float, console: Console) -> _Outcome:
     from tune.prepare import prepare
     from tune.progress import Progress
     from tune.refits import refit_winners, write_students
     from tune.resume import earlier_trials
-    from tune.summary import export_table, remarks, rows, table
     from tune.tracking.recorder import Recorder
-    from tune.trials import describe, run_search
+    from tune.trials import run_search
 
     search = plan.search
     deadline_s = None if search.max_hours is None else began_s + 3600 * search.max_hours
     recorder = Recorder(tracker, plan)
     _print_remarks(plan, console)
     with _cluster(search):
-        resources = fit(search)
-        recorder.start_search()
-        earlier = earlier_trials(plan, study_storage)
-        done = _num_done(earlier)
-        forecast = _forecast(plan, resources, earlier, began_s, console) if search.forecast else None
+        with during("starting and timing: nothing was trained yet by this command"):
+            resources = fit(search)
+            recorder.start_search()
+            earlier = earlier_trials(plan, study_storage)
+            done = _num_done(earlier)
+            forecast = _forecast(plan, resources, earlier, began_s, console) if search.forecast else None
         if forecast is not None:
             console.print(forecast.table())
         with Progress(console, began_s, forecast) as progress:
@@ -143,6 +147,26 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_
             searched = run_search(plan, study_storage, recorder, progress, resources, deadline_s=deadline_s)
             found = refit_winners(plan, searched.winners, recorder, progress, resources)
             found = write_students(plan, found, recorder, progress, resources)
+    with during("the refits are done and kept; their table was being written"):
+        return _conclude(plan, searched, found, tracker, progress, forecast, console)
+
+
+def _conclude(
+    plan: Plan,
+    searched: TrialsResult,
+    found: Sequence[MethodResult],
+    tracker: Any,
+    progress: Progress,
+    forecast: Forecast | None,
+    console: Console,
+) -> _Outcome:
+    """Write `summary.json`, print the results and what they took, and end the search in MLflow."""
+    from tune.forecast.report import Comparison
+    from tune.summary import export_table, remarks, rows, table
+    from tune.tracking.store import shown_uri
+    from tune.trials import describe
+
+    search = plan.search
     results = rows(plan, found)
     path = plan.storage.root / "summary.json"
     plan.storage.write_json(path, results)
@@ -162,7 +186,8 @@ def _run(plan: Plan, study_storage: Any, tracker: Any, tracking_uri: str, began_
     for name in missing:
         print(f"search: {name} has no result; its trials or refits failed.", file=sys.stderr)
     tracker.finish_search(status="FAILED" if missing else "FINISHED", artifacts=_artifacts(plan, path, record))
-    said = f"Summary: {plan.storage.location}/{path.name}\nMLflow: experiment {search.experiment!r} at {tracking_uri}"
+    where = f"experiment {search.experiment!r} at {shown_uri(tracker.uri)}"
+    said = f"Summary: {plan.storage.location}/{path.name}\nMLflow: {where}"
     console.print(said, highlight=False, markup=False, soft_wrap=True)
     return _Outcome(1 if missing else 0, results)
 
@@ -176,7 +201,7 @@ def _dry_run(plan: Plan, study_storage: Any, began_s: float, console: Console) -
     own = plan.storage.root / "studies.db"
     if study_storage is None and own.exists():
         study_storage = open_storage(_own_storage(plan))
-    with _cluster(plan.search):
+    with during("a dry run, which trains nothing: timings are kept"), _cluster(plan.search):
         earlier = {} if study_storage is None else earlier_trials(plan, study_storage)
         console.print(_forecast(plan, fit(plan.search), earlier, began_s, console).table())
     return _Outcome(0)
@@ -259,7 +284,8 @@ def _artifacts(plan: Plan, summary: Path, record: dict[str, Any]) -> Path:
     folder = plan.storage.root / "searches" / plan.key / "artifacts"
     folder.mkdir(parents=True, exist_ok=True)
     plan.storage.write(folder / "summary.json", summary.read_bytes())
-    plan.storage.write_json(folder / "config.json", plan.search.to_dict())
+    shown = without_passwords(json.dumps(plan.search.to_dict(), ensure_ascii=False, indent=1))
+    plan.storage.write(folder / "config.json", shown.encode())
     plan.storage.write_json(folder / "search.json", record)
     return folder
 

@@ -205,7 +205,7 @@ class _Follower:
         self._thread.join()
         self._print()
         if isinstance(error, KeyboardInterrupt):
-            error.add_note(f"while training, after epoch {self._num_printed}; finished epochs are kept")
+            error.add_note(f"training: {self._num_printed} epochs done, from the last checkpoint of which it goes on")
 
     def _follow(self) -> None:
         while not self._is_over.wait(POLL_S):

@@ -1,41 +1,74 @@
 """Real commands, interrupted in one phase after another: what they say, how they end, and what the same one finds."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from processes import left_over
+
+from refilled.interruption import Interrupted, sentence
 
 ROOT = Path(__file__).parents[2]
-SEARCH = [sys.executable, "tune/search.py", "--overlaps", "1", "--trials", "2", "--seeds", "2", "--epochs", "2", "2"]
-SEARCH += ["--teacher-epochs", "2", "--no-forecast", "--deterministic"]
+SEARCH = [sys.executable, "tune/search.py", "--overlaps", "1", "--seeds", "2", "--epochs", "2", "2"]
+SEARCH += ["--teacher-epochs", "2", "--deterministic"]
+SHORT = [*SEARCH, "--no-forecast", "--trials", "2"]
 LONGEST_S = 300
 
 
+@contextlib.contextmanager
 def command(arguments, storage, log):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    arguments = [*arguments, f"--storage={storage}"]
-    with log.open("w") as out:
-        return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.PIPE, text=True)
+    """A command that runs, in a Ray folder of its own; nothing of it is left at the end."""
+    with tempfile.TemporaryDirectory(prefix="rf-", ignore_cleanup_errors=True) as folder, log.open("w") as out:
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "1",
+            "RAY_TMPDIR": folder,
+        }
+        process = subprocess.Popen(
+            [*arguments, f"--storage={storage}"],
+            cwd=ROOT,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+        assert not left_over(Path(folder))
 
 
 def interrupted(arguments, storage, text, number, pause_s=0.5):
-    """Send the signal after the text appeared on stdout; returns the exit code, stderr and stdout."""
+    """Send the signal after the text appeared on stdout; returns the exit code and stderr."""
     log = storage.parent / f"{storage.name}.log"
-    process = command(arguments, storage, log)
-    deadline_s = time.monotonic() + LONGEST_S
-    while text not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline_s, log.read_text()
-        time.sleep(0.1)
-    time.sleep(pause_s)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=LONGEST_S)
-    return process.returncode, errors, log.read_text()
+    with command(arguments, storage, log) as process:
+        deadline_s = time.monotonic() + LONGEST_S
+        while text not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline_s, log.read_text()
+            time.sleep(0.1)
+        time.sleep(pause_s)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=LONGEST_S)
+    return process.returncode, errors
+
+
+def undisturbed(storage):
+    """Let the search come to its end; returns the test accuracies of its summary."""
+    with command(SHORT, storage, storage.parent / "whole.log") as process:
+        _, errors = process.communicate(timeout=2 * LONGEST_S)
+        assert process.returncode == 0, errors
+    return [row["test_accuracy"] for row in json.loads((storage / "summary.json").read_text())]
 
 
 def runs_of_kind(storage, kind):
@@ -46,43 +79,51 @@ def runs_of_kind(storage, kind):
     return client.search_runs([experiment.experiment_id], f"tags.kind = '{kind}'")
 
 
-def accuracies(storage):
-    return [row["test_accuracy"] for row in json.loads((storage / "summary.json").read_text())]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    process = command(SEARCH, folder / "runs", folder / "log")
-    _, errors = process.communicate(timeout=2 * LONGEST_S)
-    assert process.returncode == 0, errors
-    return accuracies(folder / "runs")
-
-
-def test_every_phase_says_what_is_done_and_the_same_command_goes_on(tmp_path, undisturbed):
+def test_every_phase_says_what_is_done_and_the_same_command_goes_on(tmp_path):
     storage = tmp_path / "runs"
     for text, number, said in (
-        ("pre-training teachers", signal.SIGTERM, "while pre-training teachers, 0 of 1 done"),
+        ("pre-training teachers", signal.SIGTERM, "pre-training teachers: 0 of 1 done"),
         ("searching", signal.SIGUSR1, "no winner was refitted or tested"),
         ("searching", signal.SIGINT, "no winner was refitted or tested"),
-        ("refitting winners", signal.SIGTERM, "while refitting winners, "),
+        ("refitting winners", signal.SIGTERM, "refitting winners: "),
+        ("writing students", signal.SIGINT, "writing students: "),
     ):
-        code, errors, _ = interrupted(SEARCH, storage, text, number)
+        code, errors = interrupted(SHORT, storage, text, number)
         assert code == 128 + number, errors
         assert len(errors.splitlines()) == 1, errors
-        assert errors.startswith(f"search: interrupted by {number.name} "), errors
+        assert errors.startswith(f"search: interrupted by {number.name}; "), errors
         assert said in errors
         assert "The same command goes on from here: python tune/search.py --overlaps 1" in errors
         assert not (storage / "summary.json").exists()
         assert [run.info.status for run in runs_of_kind(storage, "search")] == ["KILLED"]
-    process = command(SEARCH, storage, tmp_path / "last.log")
-    _, errors = process.communicate(timeout=2 * LONGEST_S)
-    assert process.returncode == 0, errors
-    assert accuracies(storage) == undisturbed
+    assert undisturbed(storage) == undisturbed(tmp_path / "other")
     assert [run.info.status for run in runs_of_kind(storage, "search")] == ["FINISHED"]
 
 
-def test_a_second_signal_ends_at_once(tmp_path):
+def test_what_is_added_to_a_search_is_not_reported_when_it_is_cut_short(tmp_path):
+    """Case 1: trials ended by Ctrl-C were refitted and tabled, and the search FINISHED."""
+    storage = tmp_path / "runs"
+    before = undisturbed(storage)
+    summary = (storage / "summary.json").read_bytes()
+    longer = [*SEARCH, "--no-forecast", "--trials", "6"]
+    code, errors = interrupted(longer, storage, "searching", signal.SIGINT, pause_s=3)
+    assert code == 130, errors
+    assert (storage / "summary.json").read_bytes() == summary
+    assert [run.info.status for run in runs_of_kind(storage, "search")] == ["KILLED", "FINISHED"]
+    assert len(runs_of_kind(storage, "refit")) == sum(map(len, before)) + len(before[0])  # and the short baseline's
+
+
+def test_timing_and_a_dry_run_say_so_too(tmp_path):
+    dry = [*SEARCH, "--dry-run"]
+    code, errors = interrupted(dry, tmp_path / "runs", "Timing", signal.SIGTERM)
+    assert code == 143, errors
+    assert errors.startswith("search: interrupted by SIGTERM; a dry run, which trains nothing: timings are kept"), (
+        errors
+    )
+    assert len(errors.splitlines()) == 1, errors
+
+
+def test_a_second_signal_ends_at_once():
     code = (
         "import os, signal, sys, time\n"
         "from refilled.command import exit_code\n"
@@ -110,48 +151,37 @@ def test_the_copies_of_one_ctrl_c_are_one():
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert ended.returncode == 130
-    assert ended.stderr.startswith("search: interrupted by SIGINT while starting, before anything was trained.")
+    assert ended.stderr.startswith("search: interrupted by SIGINT; what was done before is kept. The same command")
 
 
-def test_a_closed_terminal_is_an_interruption():
-    code = (
+@pytest.mark.parametrize(("handler", "code"), [("SIG_DFL", 129), ("SIG_IGN", 7)])
+def test_a_closed_terminal_is_an_interruption_but_not_of_what_nohup_started(handler, code):
+    script = (
         "import os, signal, sys\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        f"signal.signal(signal.SIGHUP, signal.{handler})\n"
         "from refilled.command import exit_code\n"
         "sys.exit(exit_code('search', lambda: os.kill(os.getpid(), signal.SIGHUP) or 7))\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert ended.returncode == 129
-    assert ended.stderr.startswith("search: interrupted by SIGHUP ")
-
-
-def test_what_nohup_started_outlives_its_terminal():
-    code = (
-        "import os, signal, sys\n"
-        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-        "from refilled.command import exit_code\n"
-        "sys.exit(exit_code('search', lambda: os.kill(os.getpid(), signal.SIGHUP) or 7))\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30).returncode == 7
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == code
+    assert ended.stderr.startswith("search: interrupted by SIGHUP; " if code == 129 else "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_of_train_says_so_too(tmp_path, number):
-    code, errors, _ = interrupted(
+    code, errors = interrupted(
         [sys.executable, "tune/train.py", "--epochs", "40", "40", "--overlap", "1"],
         tmp_path / "train",
         "epoch 1",
         number,
     )
     assert code == 128 + number, errors
-    assert errors.startswith(f"train: interrupted by {number.name} "), errors
+    assert errors.startswith(f"train: interrupted by {number.name}; training: "), errors
     assert len(errors.splitlines()) == 1, errors
-    assert "finished epochs are kept" in errors
 
 
-def test_no_password_is_in_the_command_that_goes_on():
-    from refilled.interruption import Interrupted, sentence
-
-    said = sentence(Interrupted(signal.SIGINT), ["--tracking-uri", "http://bob:hun#t/e?r@2@host:5000/a"])
+@pytest.mark.parametrize("password", ["hunter2", "hun#t/e?r@2", "100%@secret", "a:b"])
+def test_no_password_is_in_the_command_that_goes_on(password):
+    said = sentence(Interrupted(signal.SIGINT), ["--tracking-uri", f"http://bob:{password}@host:5000/a"])
     assert "http://bob:***@host:5000/a" in said
-    assert "hun" not in said
+    assert password not in said

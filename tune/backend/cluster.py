@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from refilled.config import SearchConfig
 from refilled.errors import UserError
-from refilled.interruption import has_come, own_handlers
+from refilled.interruption import at_end, has_come, own_handlers
 from tune.backend.nodes import Nodes, may_grow_to, nodes_now
 from tune.backend.ray_private import require_answer
 
@@ -66,7 +66,7 @@ class Resources:
         return {"CPU": self.cpus_per_worker} | gpu
 
 
-@contextmanager
+@contextlib.contextmanager
 def ray_environment() -> Iterator[None]:
     """The environment that Ray and its processes read; enter it before anything imports `ray`.
 
@@ -92,7 +92,7 @@ def ray_environment() -> Iterator[None]:
                 os.environ.pop(name, None)
 
 
-@contextmanager
+@contextlib.contextmanager
 def ray_cluster(*, with_dashboard: bool) -> Iterator[None]:
     """A Ray to run on: the cluster of the job this is part of (RAY_ADDRESS), or a local one that ends with the block.
 
@@ -104,14 +104,25 @@ def ray_cluster(*, with_dashboard: bool) -> Iterator[None]:
     """
     import ray
 
+    if not os.environ.get("RAY_ADDRESS"):
+        at_end(_kill_local_ray)
     connect(with_dashboard=with_dashboard)
     try:
         yield
     finally:
-        # Threads of an interrupted command may be in calls of Ray, which abort the process when it is shut down. Such a
-        # command ends at once, and with it the local Ray or its job on a cluster.
+        # Threads of an interrupted command may be in calls of Ray, which abort the process when it is shut down: they
+        # end with it, as does its job on a cluster.
         if not has_come():
             ray.shutdown()
+
+
+def _kill_local_ray() -> None:
+    """Kill what this process began, which is the local Ray: some of it would outlive a process that ends at once."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def connect(*, with_dashboard: bool) -> None:

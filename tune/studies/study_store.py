@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from refilled.config import RunConfig
 from refilled.errors import UserError
+from refilled.secrets import without_passwords
 from tune.studies.space import default_point
 
 
@@ -56,7 +57,7 @@ def open_storage(url: str) -> RDBStorage:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(
             f"study_storage must be the URL of a database that can be reached, such as sqlite:////path/studies.db, "
-            f"got {_without_password(url)!r} ({reason})."
+            f"got {without_passwords(url)!r} ({without_passwords(reason)})."
         ) from error
 
 
@@ -87,13 +88,3 @@ def overrides_of(trial: FrozenTrial) -> dict[str, Any]:
 def epochs_trained(trial: FrozenTrial) -> int:
     """Epochs that a trial trained: those with a value."""
     return len(trial.intermediate_values)
-
-
-def _without_password(url: str) -> str:
-    import sqlalchemy.exc
-    from sqlalchemy.engine import make_url
-
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return url

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from refilled.errors import UserError
+from refilled.secrets import password_of, without_passwords
 from refilled.storage import Storage
 from tune.tracking.moves import IS_BESIDE, beside, follow_move
 
@@ -90,8 +91,7 @@ def quiet_mlflow() -> None:
 
 def shown_uri(uri: str) -> str:
     """The URI as it may be printed: without its password."""
-    password = _password(uri)
-    return uri.replace(f":{password}@", ":***@") if password else uri
+    return without_passwords(uri)
 
 
 def store_trouble(uri: str, error: BaseException | str) -> str:
@@ -102,8 +102,8 @@ def store_trouble(uri: str, error: BaseException | str) -> str:
     if "Max retries exceeded" in cause:  # the end of what is otherwise a page about one refused connection
         status = re.search(r"too many (\d+) error responses", cause)
         cause = f"the server's answer is status {status[1]}" if status else "no server answers there"
-    if password := _password(uri):
-        cause = cause.replace(password, "***")
+    if password := password_of(uri):
+        cause = without_passwords(cause).replace(password, "***")
     cause = " ".join(cause.split()).rstrip(".")
     if len(cause) > _CAUSE_LENGTH:
         cause = cause[:_CAUSE_LENGTH] + "..."
@@ -281,8 +281,3 @@ def _has_mlflow_tables(path: Path, *, create: bool) -> bool:
 def _scheme(uri: str) -> str:
     """For example `postgresql` of `postgresql+psycopg://...`; empty where the text is no address."""
     return uri.partition("://")[0].split("+")[0] if "://" in uri else ""
-
-
-def _password(uri: str) -> str | None:
-    found = re.search(r"://[^/@:]*:([^/]+)@", uri)
-    return found[1] if found else None

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
+from refilled.secrets import without_passwords
+
 _Value = TypeVar("_Value")
 
 # MLflow's limits.
@@ -41,4 +43,4 @@ def _param_text(value: object) -> str:
 
 
 def _clean(texts: Mapping[str, object], length: int) -> dict[str, str]:
-    return {name: str(value)[:length] for name, value in clean_names(texts).items()}
+    return {name: without_passwords(str(value))[:length] for name, value in clean_names(texts).items()}

@@ -50,7 +50,7 @@ class Tracker:
     KILLED (the search FAILED where an exception ends the block).
 
     Args:
-        uri: Tracking URI, see `resolve_tracking_uri`.
+        uri: Tracking URI, kept as an attribute; see `resolve_tracking_uri`.
         experiment: Name of the experiment.
         storage: Keeps what MLflow is to have, and the artifacts of an experiment of a database.
 
@@ -62,7 +62,7 @@ class Tracker:
     def __init__(self, uri: str, experiment: str, storage: Storage) -> None:
         if not experiment.strip() or len(experiment) > _LONGEST_NAME:
             raise UserError(f"experiment: must be a name of 1 to {_LONGEST_NAME} characters, not {experiment!r:.40}")
-        self._uri = uri
+        self.uri = uri
         self._experiment = experiment
         self._storage = storage
         self._connection = Connection(uri, experiment, storage)
@@ -96,7 +96,7 @@ class Tracker:
             UserError: MLflow did not take it, and never took a search of this storage folder.
         """
         # Children carry `search_key` too, so the search itself is found by its `run_key`, like every other run.
-        uri = kept_uri(self._uri, self._storage)
+        uri = kept_uri(self.uri, self._storage)
         all_tags = clean_tags({**tags, "search_key": key})
         search = SearchState(key, name, clean_params(params), all_tags, experiment=self._experiment, uri=uri)
         outbox = Outbox(self._storage, key)
@@ -227,7 +227,7 @@ class Tracker:
             _logger.warning(
                 "MLflow at %s has not taken everything of %d run(s) (%s); the storage keeps it, and it is sent by "
                 "`python tune/sync.py %s`, or when the same command is run again",
-                shown_uri(self._uri),
+                shown_uri(self.uri),
                 len(left),
                 ", ".join(left[:5]) + (", ..." if len(left) > 5 else ""),
                 shlex.quote(self._storage.location),
@@ -240,8 +240,8 @@ class Tracker:
 
     def _goes_on_without(self, error: Exception) -> None:
         """Accept that a store is away; where it never took a search of this storage, raise that it cannot be used."""
-        unusable = error if isinstance(error, UserError) else unusable_store(self._uri, error)
-        if not isinstance(unusable, UnusableStoreError) or not has_answered(self._storage, self._uri):
+        unusable = error if isinstance(error, UserError) else unusable_store(self.uri, error)
+        if not isinstance(unusable, UnusableStoreError) or not has_answered(self._storage, self.uri):
             raise unusable from error
         _logger.warning("%s; the search goes on, and MLflow is caught up when it answers again", unusable.trouble)
         self._is_away = True
