@@ -14,7 +14,7 @@ def use_node_address() -> None:
     By itself it listens where the machine's own name leads, which on Debian, and in its images, is 127.0.1.1: workers
     on other machines would be refused there.
     """
-    import psutil  # type: ignore[import-untyped]  # comes with Ray, which must be imported first, untyped
+    import psutil
     import ray.util
 
     address = ray.util.get_node_ip_address()

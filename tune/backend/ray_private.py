@@ -60,12 +60,9 @@ def reported_node_groups() -> list[tuple[Mapping[str, float], int]] | None:
 
 def autoscaler_file() -> Path | None:
     """The file that this machine's autoscaler process of the connected cluster was given."""
+    import psutil
     import ray
 
-    try:
-        import psutil  # type: ignore[import-untyped]  # comes with Ray, which must be imported first, untyped
-    except ImportError:
-        return None
     address = f"--gcs-address={ray.get_runtime_context().gcs_address}"
     for process in psutil.process_iter(["cmdline"]):
         words: Sequence[str] = process.info["cmdline"] or ()
