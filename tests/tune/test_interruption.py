@@ -123,48 +123,39 @@ def test_timing_and_a_dry_run_say_so_too(tmp_path):
     assert len(errors.splitlines()) == 1, errors
 
 
+def after(*actions):
+    """How a command ends that does these things in turn, each also after an interruption of the one before."""
+    script = ["import os, signal, sys, time", "from refilled.command import exit_code"]
+    script += ["def send(name):", "    os.kill(os.getpid(), getattr(signal, name)); time.sleep(0.1)", "def action():"]
+    for depth, action in enumerate(actions[:-1]):
+        indent = "    " * (depth + 1)
+        script += [f"{indent}try:", f"{indent}    {action}", f"{indent}finally:"]
+    script += ["    " * len(actions) + actions[-1], "    return 7", "sys.exit(exit_code('search', action))"]
+    command = [sys.executable, "-c", "\n".join(script)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    return ended.returncode, ended.stderr
+
+
 def test_a_second_signal_ends_at_once():
-    code = (
-        "import os, signal, sys, time\n"
-        "from refilled.command import exit_code\n"
-        "def action():\n"
-        "    try:\n"
-        "        os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
-        "    finally:\n"
-        "        time.sleep(1); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
-        "sys.exit(exit_code('search', action))\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert (ended.returncode, ended.stderr) == (143, "")
+    assert after("send('SIGINT')", "time.sleep(1); send('SIGTERM')") == (143, "")
 
 
 def test_the_copies_of_one_ctrl_c_are_one():
-    code = (
-        "import os, signal, sys\n"
-        "from refilled.command import exit_code\n"
-        "def action():\n"
-        "    try:\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "    finally:\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.exit(exit_code('search', action))\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert ended.returncode == 130
-    assert ended.stderr.startswith("search: interrupted by SIGINT; what was done before is kept. The same command")
+    code, errors = after("send('SIGINT')", "send('SIGINT')")
+    assert code == 130
+    assert errors.startswith("search: interrupted by SIGINT; what was done before is kept. The same command goes on ")
 
 
 @pytest.mark.parametrize(("handler", "code"), [("SIG_DFL", 129), ("SIG_IGN", 7)])
 def test_a_closed_terminal_is_an_interruption_but_not_of_what_nohup_started(handler, code):
-    script = (
-        "import os, signal, sys\n"
-        f"signal.signal(signal.SIGHUP, signal.{handler})\n"
-        "from refilled.command import exit_code\n"
-        "sys.exit(exit_code('search', lambda: os.kill(os.getpid(), signal.SIGHUP) or 7))\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert ended.returncode == code
-    assert ended.stderr.startswith("search: interrupted by SIGHUP; " if code == 129 else "")
+    number = getattr(signal, handler)
+    before = signal.signal(signal.SIGHUP, number)  # which the command inherits, where it is to ignore it
+    try:
+        ended, errors = after("send('SIGHUP')")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert ended == code, errors
+    assert errors.startswith("search: interrupted by SIGHUP; " if code == 129 else "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from refilled.config import RunConfig
 from refilled.errors import DataChangedError
+from refilled.interruption import has_come
 from refilled.storage import Storage
 from tune.backend.cluster import Resources
 from tune.backend.trainer import train_on_group
@@ -54,8 +55,10 @@ def run_jobs(jobs: Sequence[JobSpec], storage: Storage, resources: Resources) ->
             pool.submit(do, job)
         for _ in jobs:
             yield done.get()
-    finally:  # an interruption waits for no job: those that run end with Ray
-        pool.shutdown(wait=False, cancel_futures=True)
+    finally:
+        # A command that is interrupted ends with all its threads. From Python the process goes on, and a thread that
+        # still waits for its group would abort it when Ray is shut down: what runs is waited for.
+        pool.shutdown(wait=not has_come(), cancel_futures=True)
 
 
 def raise_if_of_all(error: Exception) -> None:
