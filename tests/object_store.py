@@ -9,8 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 START_S = 60.0
@@ -21,6 +19,7 @@ SERVER = """
 import sys, threading
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import run_simple
+from werkzeug.test import Client
 
 app, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
 
@@ -28,6 +27,9 @@ def one_at_a_time(environ, start_response):
     with lock:
         return app(environ, start_response)
 
+# The bucket is there before anybody is answered: a client that was waiting would be told that there is none.
+made = Client(app).put(f"/{sys.argv[2]}", base_url=f"http://127.0.0.1:{sys.argv[1]}")
+assert made.status_code == 200, made.text
 run_simple("127.0.0.1", int(sys.argv[1]), one_at_a_time, threaded=True)
 """
 
@@ -63,19 +65,18 @@ class ObjectStore:
         }
 
     def start(self) -> None:
-        """Returns when the bucket is there."""
+        """Returns when it listens; the bucket is there then."""
         with (self._folder / "store.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", SERVER, str(self.port)],
+                [sys.executable, "-c", SERVER, str(self.port), self.bucket],
                 env=os.environ | self.environment | self._settings,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        request = urllib.request.Request(f"{self.environment['AWS_ENDPOINT_URL']}/{self.bucket}", method="PUT")
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
-            with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(request, timeout=5):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=5):
                 return
             time.sleep(0.1)
         raise TimeoutError((self._folder / "store.log").read_text())
